@@ -1,0 +1,191 @@
+"""`Anatomy`: where the parts of a decoder layer are, for one model family."""
+
+from __future__ import annotations
+
+import abc
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparing.plan import LayerShape, ModelShape
+from sparing.tokens import Group, ImageSpan, TokenMap
+
+
+class Anatomy(abc.ABC):
+    """Where the parts of a model are. One small subclass a family; everything else in the library works through it.
+
+    The attributes that a plain pre-norm decoder shares (Llama and its many relatives) have defaults here.
+
+    Args:
+        model: the Hugging Face model.
+    """
+
+    model_types: tuple[str, ...] = ()
+    """`config.model_type` values that this adapter serves."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config: Any = model.config
+        self.text_config: Any = self.config.get_text_config()
+        self.layers = self.decoder.layers[: self.text_config.num_hidden_layers]
+
+    # Where modules are -------------------------------------------------------------------------------------------
+
+    @property
+    @abc.abstractmethod
+    def decoder(self) -> nn.Module:
+        """The module that embeds, runs the layers and applies the final norm."""
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The output matrix."""
+        return self.model.get_output_embeddings()
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention module of a layer."""
+        return self.layers[layer].self_attn
+
+    def attention_norm(self, layer: int) -> nn.Module:
+        """The norm before attention."""
+        return self.layers[layer].input_layernorm
+
+    def attention_end(self, layer: int) -> nn.Module:
+        """The module whose output is added to the residual as the attention branch (a post-norm, where there is one)."""
+        return self.layers[layer].self_attn
+
+    def mlp(self, layer: int) -> nn.Module:
+        """The MLP of a layer."""
+        return self.layers[layer].mlp
+
+    def mlp_norm(self, layer: int) -> nn.Module:
+        """The norm before the MLP; its input is the residual after attention."""
+        return self.layers[layer].post_attention_layernorm
+
+    def mlp_end(self, layer: int) -> nn.Module:
+        """The module whose output is added to the residual as the MLP branch."""
+        return self.layers[layer].mlp
+
+    # The parts of attention --------------------------------------------------------------------------------------
+
+    def query(self, layer: int, normed: Tensor) -> Tensor:
+        """`[... d]` -> `[... heads head_dim]`, before rotary embedding."""
+        attention = self.attention(layer)
+        return attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
+
+    def key(self, layer: int, normed: Tensor) -> Tensor:
+        """`[... d]` -> `[... kv_heads head_dim]`, before rotary embedding."""
+        attention = self.attention(layer)
+        return attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
+
+    def value(self, layer: int, normed: Tensor) -> Tensor:
+        """`[... d]` -> `[... kv_heads head_dim]`."""
+        attention = self.attention(layer)
+        return attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim))
+
+    def project(self, layer: int, mixed: Tensor) -> Tensor:
+        """The output projection: `[... heads*head_dim]` -> `[... d]`."""
+        return self.output_projection(layer)(mixed)
+
+    def output_projection(self, layer: int) -> nn.Module:
+        """The module of the output projection."""
+        return self.attention(layer).o_proj
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[b t head_dim]` for these positions."""
+        return self.decoder.rotary_emb(hidden, position_ids=position_ids)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Apply rotary embedding. x: `[b t heads head_dim]`; cos, sin: `[b t head_dim]` (or broadcast over b)."""
+        half = x.shape[-1] // 2
+        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return x * cos.unsqueeze(-2) + rotated * sin.unsqueeze(-2)
+
+    def finish_attention(self, layer: int, branch: Tensor) -> Tensor:
+        """From the output projection to the branch end (post-norms). Row-wise; nothing by default."""
+        return branch
+
+    def finish_mlp(self, layer: int, branch: Tensor) -> Tensor:
+        """From the MLP's output to the branch end."""
+        return branch
+
+    def scaling(self, layer: int) -> float:
+        """What scores are multiplied by before the softmax."""
+        return self.attention(layer).scaling
+
+    @property
+    def attention_backend(self) -> str:
+        """The model's attention implementation (`sdpa`, `eager`, ...)."""
+        return self.text_config._attn_implementation or "eager"
+
+    def eager_attention(self, layer: int) -> Any:
+        """The family's own eager attention function."""
+        return sys.modules[type(self.attention(layer)).__module__].eager_attention_forward
+
+    # Sizes and tokens --------------------------------------------------------------------------------------------
+
+    def shape(self) -> ModelShape:
+        """The sizes that costs are counted from."""
+        layers = []
+        for i in range(len(self.layers)):
+            attention, mlp = self.attention(i), self.mlp(i)
+            layers.append(
+                LayerShape(
+                    hidden=self.text_config.hidden_size,
+                    heads=self.text_config.num_attention_heads,
+                    kv_heads=self.text_config.num_key_value_heads,
+                    head_dim=attention.head_dim,
+                    intermediate=mlp.intermediate_size,
+                )
+            )
+        dtype = next(self.decoder.parameters()).dtype
+        return ModelShape(tuple(layers), self.text_config.vocab_size, dtype.itemsize, self.encoder_flops())
+
+    def encoder_flops(self) -> int:
+        """Operations of the vision encoder and projector on one picture; 0 without one."""
+        return 0
+
+    @property
+    def vision_encoder(self) -> nn.Module | None:
+        """The vision encoder, or `None`."""
+        return None
+
+    def is_image_token(self, input_ids: Tensor) -> Tensor | None:
+        """Which ids are image placeholders `[b t]`; `None` for a text model."""
+        return None
+
+    def image_spans(self, inputs: Mapping[str, Any], is_image: Tensor) -> tuple[tuple[ImageSpan, ...], ...]:
+        """One tuple of spans a row. Only called when there are image tokens."""
+        return ((),) * is_image.shape[0]
+
+    def read_tokens(self, inputs: Mapping[str, Any]) -> TokenMap:
+        """Build the `TokenMap` of a prompt (see `TokenMap.from_inputs`)."""
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if ids is None and embeds is None:
+            raise ValueError("inputs have neither input_ids nor inputs_embeds: pass what the tokenizer or processor returned")
+        b, t = ids.shape if ids is not None else embeds.shape[:2]
+        device = (ids if ids is not None else embeds).device
+        group = torch.full((b, t), int(Group.TEXT), device=device)
+        images: tuple[tuple[ImageSpan, ...], ...] = ((),) * b
+        is_image = self.is_image_token(ids) if ids is not None else None
+        if is_image is not None and bool(is_image.any()):
+            images = self.image_spans(inputs, is_image)
+            before = is_image.long().cumsum(1) == 0
+            has_picture = is_image.any(1, keepdim=True)
+            group = torch.where(before & has_picture, int(Group.SYSTEM), group)
+            group = torch.where(is_image, int(Group.IMAGE), group)
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            if mask.ndim != 2:
+                raise ValueError(
+                    f"attention_mask has {mask.ndim} dimensions: pass the 2-D padding mask, and express the rest with LayerPlan.sees"
+                )
+            group = torch.where(mask[:, -t:].to(device) == 0, int(Group.PAD), group)
+        position_ids = inputs.get("position_ids")
+        if position_ids is None:
+            position_ids = torch.arange(t, device=device).expand(b, t)
+        elif position_ids.shape[-2] == 1 and b > 1:
+            position_ids = position_ids.expand(*position_ids.shape[:-2], b, t)
+        return TokenMap(group=group, position_ids=position_ids, images=images)

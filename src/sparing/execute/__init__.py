@@ -1,0 +1,6 @@
+"""Carry plans out: `dense` defines the meaning, `gathered` is fast; `apply` puts either under a model."""
+
+from sparing.execute.apply import Run, apply
+from sparing.execute.cache import PlannedCache, RaggedLayer, RunState
+
+__all__ = ["PlannedCache", "RaggedLayer", "Run", "RunState", "apply"]

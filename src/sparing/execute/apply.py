@@ -1,0 +1,261 @@
+"""`sparing.apply`: inside the context a Hugging Face model follows the policies' plans; after it nothing is left on it."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from sparing.anatomy import anatomy_of
+from sparing.execute.cache import PlannedCache, RunState
+from sparing.execute.dense import Dense
+from sparing.execute.gathered import Gathered
+from sparing.execute.planning import Pass, new_tokens
+from sparing.plan import Composed, Ledger, Policy
+from sparing.tokens import TokenMap
+
+_applied: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def apply(
+    model: nn.Module,
+    *policies: Policy,
+    execute: Literal["gathered", "dense"] = "gathered",
+    tokens: TokenMap | None = None,
+    force: bool = False,
+) -> Run:
+    """Let `model` follow `policies` inside a `with` block.
+
+    Args:
+        model: a Hugging Face model of a known family, with its language-model head.
+        policies: what decides; several are combined with `&`.
+        execute: `gathered` computes only what is planned; `dense` computes everything and masks (it defines the meaning, and
+            it is what routers are trained on).
+        tokens: the prompts' `TokenMap`, where it cannot be told from the inputs (streaming groups, embeddings passed in).
+        force: run the chosen executor even where no policy has anything to say (the stock forward runs otherwise).
+
+    Returns:
+        A context manager that yields a `Run`.
+
+    Raises:
+        ValueError: unknown family, contradictory policies, a layer that does not exist, or a model that is already applied.
+    """
+    return Run(model, Composed(*policies), execute=execute, tokens=tokens, force=force)
+
+
+class Run:
+    """A model under policies. Enter it with `with`; see `apply`.
+
+    Attributes:
+        policy: the policies, composed.
+        ledger: the record of the latest prompt.
+    """
+
+    def __init__(
+        self, model: nn.Module, policy: Composed, *, execute: str, tokens: TokenMap | None, force: bool
+    ) -> None:
+        self.anatomy = anatomy_of(model)
+        self.model, self.policy, self._tokens, self._force = model, policy, tokens, force
+        self.shape = self.anatomy.shape()
+        for part in policy.parts():
+            part.validate(self.shape)
+        if execute not in ("gathered", "dense"):
+            raise ValueError(f'execute must be "gathered" or "dense", got {execute!r}')
+        self._executor: Gathered | Dense = Gathered(self.anatomy) if execute == "gathered" else Dense(self.anatomy)
+        self.ledger = Ledger(self.shape)
+        self._called_with: dict[str, Any] = {}
+        self._features: Any = None
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> Run:
+        """Patch the decoder's forward."""
+        decoder = self.anatomy.decoder
+        if decoder in _applied:
+            raise ValueError("this model is already inside sparing.apply: give all policies to one apply (they combine with &)")
+        self._exit = contextlib.ExitStack()
+        with self._exit as stack:
+            _applied.add(decoder)
+            stack.callback(_applied.discard, decoder)
+            stack.callback(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+            if (encoder := self.anatomy.vision_encoder) is not None:
+                stack.callback(encoder.register_forward_hook(self._after_encoder).remove)
+            if isinstance(self._executor, Dense):
+                stack.callback(self._executor.remove)
+                self._executor.install()
+            own = decoder.__dict__.get("forward")
+            stock = decoder.forward
+
+            def restore() -> None:
+                del decoder.forward
+                if own is not None:
+                    decoder.forward = own
+
+            stack.callback(restore)
+            decoder.forward = lambda *args, **kwargs: self._forward(stock, *args, **kwargs)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        """Leave the model as it was."""
+        self._exit.close()
+        self._called_with, self._features = {}, None
+
+    def _before_model(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """Remember what the whole model was called with: the decoder inside a vision model sees no ids."""
+        self._called_with = dict(kwargs)
+        self._features = None
+        if args:
+            self._called_with["input_ids"] = args[0]
+
+    def _after_encoder(self, _: nn.Module, __: Any, out: Any) -> None:
+        self._features = out
+
+    def _forward(
+        self,
+        stock: Callable[..., Any],
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What stands in for the decoder's forward."""
+        decoder = self.anatomy.decoder
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        b, t = embeds.shape[:2]
+        use_cache = self.anatomy.text_config.use_cache if use_cache is None else use_cache
+        if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            raise ValueError(
+                "gradient checkpointing inside the layers would run the plan twice and drop the cache: "
+                "call model.gradient_checkpointing_disable(), or checkpoint around the model"
+            )
+        state = past_key_values.state if isinstance(past_key_values, PlannedCache) else None
+        self._check_cache(past_key_values, state)
+        past = 0 if state is None else state.tokens.length
+        if position_ids is None:
+            position_ids = torch.arange(past, past + t, device=embeds.device).unsqueeze(0)
+        if state is not None and state.shift is not None:
+            position_ids = position_ids - state.shift
+        seen = {**self._called_with, "attention_mask": attention_mask, "position_ids": _of_batch(position_ids, b)}
+        if input_ids is not None:
+            seen["input_ids"] = input_ids
+        if state is None:
+            state = self._begin(seen, embeds)
+            new = state.tokens
+        else:
+            new = new_tokens(self.anatomy, seen, embeds, state)
+            state.extend(new)
+        run = Pass(
+            self.anatomy,
+            self.policy.parts(),
+            state,
+            new,
+            prefill=past == 0,
+            device=embeds.device,
+            logit_rows=_logit_rows(self._called_with, b, t),
+            encoder_features=self._features,
+        )
+        ragged = self._executor.ragged and not state.idle
+        if use_cache and not isinstance(past_key_values, PlannedCache):
+            past_key_values = PlannedCache.adopt(past_key_values, state, state.depth, ragged=ragged)
+        cache = past_key_values if use_cache else None
+        run.cache = cache
+        if past == 0 and not state.idle:
+            before = position_ids
+            embeds, position_ids = run.begin_prompt(embeds, position_ids)
+            if position_ids is not before and attention_mask is None:
+                # Without a mask transformers takes gapped positions for packed sequences.
+                attention_mask = torch.ones(b, t, dtype=torch.long, device=embeds.device)
+        if not ragged:
+            if isinstance(self._executor, Dense):
+                self._executor.current = None if state.idle else run
+            try:
+                return stock(
+                    inputs_embeds=embeds,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
+            finally:
+                if isinstance(self._executor, Dense):
+                    self._executor.current = None
+        return self._gather(run, embeds, position_ids, cache, kwargs)
+
+    def _gather(
+        self, run: Pass, embeds: Tensor, position_ids: Tensor, cache: PlannedCache | None, kwargs: dict[str, Any]
+    ) -> BaseModelOutputWithPast:
+        config = self.anatomy.text_config
+        if kwargs.get("output_attentions", config.output_attentions):
+            raise ValueError('execute="gathered" keeps no attention maps: use execute="dense" with eager attention')
+        keep = kwargs.get("output_hidden_states")
+        keep = bool(config.output_hidden_states if keep is None else keep)
+        assert isinstance(self._executor, Gathered)
+        run.cos, run.sin = self.anatomy.rotary(embeds, position_ids)
+        last, hidden = self._executor.run(run, embeds, keep)
+        return BaseModelOutputWithPast(
+            last_hidden_state=last,  # type: ignore[arg-type]
+            past_key_values=cache,
+            hidden_states=hidden if keep else None,  # type: ignore[arg-type]
+        )
+
+    def _begin(self, seen: dict[str, Any], embeds: Tensor) -> RunState:
+        """A new prompt: its map, its memory, its ledger."""
+        tokens = self._tokens
+        if tokens is None:
+            tokens = new_tokens(self.anatomy, seen, embeds, None)
+        elif tokens.group.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"apply(tokens=...) describes {tuple(tokens.group.shape)} tokens, the prompt has {tuple(embeds.shape[:2])}"
+            )
+        parts = self.policy.parts()
+        self.ledger = Ledger(self.shape)
+        return RunState(
+            executor=self._executor.name,
+            tokens=tokens,
+            prompt_length=tokens.length,
+            idle=not self._force and all(p.idle(tokens) for p in parts),
+            memories=[{} for _ in parts],
+            ledger=self.ledger,
+            depth=self.shape.depth,
+            readable=[None] * self.shape.depth,
+        )
+
+    def _check_cache(self, cache: Any, state: RunState | None) -> None:
+        if state is not None:
+            if state.executor != self._executor.name:
+                raise ValueError(
+                    f"this cache was filled under execute={state.executor!r}; go on under the same one, or start a new prompt"
+                )
+            if state.ledger is not self.ledger:
+                self.ledger = state.ledger
+            return
+        if cache is None:
+            return
+        if type(cache) is not DynamicCache:
+            raise ValueError(f"{type(cache).__name__} cannot hold a plan: pass no cache, or an empty DynamicCache")
+        if cache.get_seq_length() > 0:
+            raise ValueError("this cache was filled outside sparing.apply: pass no cache, or an empty DynamicCache")
+
+
+def _of_batch(position_ids: Tensor, batch: int) -> Tensor:
+    """Position ids for each row of the batch (transformers passes one row where all are alike)."""
+    return position_ids.expand(*position_ids.shape[:-2], batch, -1)
+
+
+def _logit_rows(called_with: dict[str, Any], batch: int, length: int) -> int:
+    keep = called_with.get("logits_to_keep", 0)
+    if isinstance(keep, Tensor):
+        return batch * keep.numel()
+    return batch * (min(keep, length) if keep else length)

@@ -1,0 +1,237 @@
+"""The KV cache under a plan: per layer, ragged a row, padded; each slot knows its original index."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from sparing.plan import Ledger
+from sparing.tokens import TokenMap
+
+
+@dataclasses.dataclass(eq=False)
+class RunState:
+    """What persists from the prompt through decoding, beside keys and values. It travels with the cache.
+
+    Attributes:
+        executor: which executor made it.
+        tokens: every token so far.
+        prompt_length: tokens of the prompt, padding included.
+        idle: whether the stock forward runs (no policy has anything to say about this prompt).
+        memories: one dictionary a policy; tensors in them have the batch first.
+        ledger: the record of this prompt.
+        dropped_at: `[b T]`, the layer from which a token is dropped (the depth, if it never is); `None` if none is.
+        readable: one `[b T]` mask a layer of what can be read (`dense` only); `None` where nothing was hidden.
+        shift: `[b]`, how far positions moved when the prompt was re-indexed.
+    """
+
+    executor: str
+    tokens: TokenMap
+    prompt_length: int
+    idle: bool
+    memories: list[dict[Any, Any]]
+    ledger: Ledger
+    depth: int
+    dropped_at: Tensor | None = None
+    readable: list[Tensor | None] = dataclasses.field(default_factory=list)
+    shift: Tensor | None = None
+
+    def extend(self, new: TokenMap) -> None:
+        """Take in the tokens of another pass."""
+        self.tokens = self.tokens.extend(new)
+        if self.dropped_at is not None:
+            fresh = self.dropped_at.new_full((new.batch, new.length), self.depth)
+            self.dropped_at = torch.cat([self.dropped_at, fresh], dim=1)
+
+    def select(self, rows: Tensor) -> None:
+        """Reorder or repeat the rows of the batch."""
+        rows = rows.to(self.tokens.group.device)
+        self.tokens = self.tokens.select(rows)
+        self.memories = [_select(m, rows) for m in self.memories]
+        self.dropped_at, self.shift = _select(self.dropped_at, rows), _select(self.shift, rows)
+        self.readable = [_select(r, rows) for r in self.readable]
+        self.ledger.reorder(rows)
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens after the first `length`."""
+        self.tokens = self.tokens.crop(length)
+        self.dropped_at = None if self.dropped_at is None else self.dropped_at[:, :length]
+        self.readable = [None if r is None else r[:, :length] for r in self.readable]
+
+
+def _select(value: Any, rows: Tensor) -> Any:
+    if isinstance(value, Tensor) and value.ndim:
+        return value.index_select(0, rows.to(value.device))
+    if isinstance(value, dict):
+        return {k: _select(v, rows) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_select(v, rows) for v in value)
+    return value
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer: only those that can be read, each with its original index.
+
+    Attributes:
+        keys: `[b kv_heads s head_dim]`, after rotary embedding.
+        values: `[b kv_heads s head_dim]`.
+        index: `[b s]`, original indices, -1 in empty slots.
+        holes: whether any slot may be empty (known on the host).
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, state: RunState) -> None:
+        super().__init__()
+        self.state = state
+        self.index: Tensor | None = None
+        self.holes = False
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """`[b s]` (or `[axes b s]`), the position ids of the slots; 0 in empty ones."""
+        if self.index is None:
+            return None
+        at = self.index.clamp(min=0).expand(*self.state.tokens.position_ids.shape[:-1], -1)
+        return self.state.tokens.position_ids.gather(-1, at) * (self.index >= 0)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is set up before the first append."""
+        return
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refused: a stock attention module does not know about ragged slots."""
+        raise RuntimeError(
+            "a sparing cache was handed to a stock forward: use it inside the `with sparing.apply(...)` that made it"
+        )
+
+    def append(self, keys: Tensor, values: Tensor, index: Tensor, holes: bool) -> None:
+        """Add slots. keys, values: `[b kv_heads m head_dim]`; index: `[b s+m]`, that of all slots."""
+        if self.keys is None:
+            self.keys, self.values = keys, values
+        else:
+            self.keys = torch.cat([self.keys, keys], dim=-2)
+            self.values = torch.cat([self.values, values], dim=-2)  # type: ignore[list-item]
+        self.index, self.holes, self.is_initialized = index, self.holes or holes, True
+
+    def free(self, freed: Tensor) -> None:
+        """Give up the slots of the tokens marked in `freed` `[b T]`, and their memory."""
+        if self.keys is None or self.index is None:
+            return
+        keep = (self.index >= 0) & ~freed.gather(1, self.index.clamp(min=0))
+        width = int(keep.sum(1).max())
+        order = torch.argsort(~keep, dim=1, stable=True)[:, :width]
+        at = order[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
+        self.keys, self.values = self.keys.gather(2, at), self.values.gather(2, at)  # type: ignore[union-attr]
+        kept = keep.gather(1, order)
+        self.index = torch.where(kept, self.index.gather(1, order), -1)
+        self.holes = not bool(kept.all())
+
+    def readable(self, length: int) -> Tensor:
+        """`[b length]`, which tokens have a slot."""
+        assert self.index is not None
+        out = torch.zeros(self.index.shape[0], length + 1, dtype=torch.bool, device=self.index.device)
+        return out.scatter_(1, torch.where(self.index < 0, length, self.index), True)[:, :length]
+
+    def get_seq_length(self) -> int:
+        """The logical length: every token so far, stored here or not."""
+        return self.state.tokens.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As a cache that held every token would answer."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def select(self, rows: Tensor, memo: dict[int, Tensor]) -> None:
+        """Reorder or repeat the rows of the batch; layers that shared an index go on sharing it."""
+        if self.keys is None or self.index is None:
+            return
+        rows = rows.to(self.keys.device)
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)  # type: ignore[union-attr]
+        if id(self.index) not in memo:
+            memo[id(self.index)] = self.index.index_select(0, rows)
+        self.index = memo[id(self.index)]
+
+    def crop_to(self, length: int) -> None:
+        """Give up the slots of tokens from `length` on."""
+        if self.index is not None:
+            total = max(int(self.index.max()) + 1, length) if self.index.numel() else length
+            self.free((torch.arange(total, device=self.index.device) >= length).expand(self.index.shape[0], total))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = self.index = None
+        self.is_initialized, self.holes = False, False
+
+
+class PlannedCache(DynamicCache):
+    """A `DynamicCache` that carries a `RunState`, so that beams, cropping and repeats reach both.
+
+    Its layers are stock `DynamicLayer`s under `dense` (and where no policy has anything to say), `RaggedLayer`s under `gathered`.
+    """
+
+    state: RunState
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache | None, state: RunState, depth: int, *, ragged: bool) -> PlannedCache:
+        """Turn an empty cache into a planned one, in place: `generate` and callers keep the object that they passed."""
+        planned = DynamicCache() if cache is None else cache
+        planned.__class__ = cls
+        assert isinstance(planned, PlannedCache)
+        planned.state = state
+        if ragged:
+            planned.layers = [RaggedLayer(state) for _ in range(depth)]
+            planned.layer_class_to_replicate = None
+        return planned
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows, as beam search does."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        b = self.state.tokens.batch
+        self._select(torch.arange(b, device=self.state.tokens.group.device).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; a negative number says how many.
+
+        Raises:
+            ValueError: the number is positive (as in transformers, where that form is gone).
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove")
+        length = self.state.tokens.length + tokens_to_remove
+        for layer in self.layers:
+            if isinstance(layer, RaggedLayer):
+                layer.crop_to(length)
+            else:
+                layer.crop(tokens_to_remove)  # type: ignore[attr-defined]
+        self.state.crop(length)
+
+    def reset(self) -> None:
+        """Forget keys, values and the prompt: refused, since the plan belongs to the prompt."""
+        raise RuntimeError("a planned cache belongs to its prompt: start a new one instead of resetting it")
+
+    def _select(self, rows: Tensor) -> None:
+        memo: dict[int, Tensor] = {}
+        for layer in self.layers:
+            if isinstance(layer, RaggedLayer):
+                layer.select(rows, memo)
+            elif isinstance(layer, DynamicLayer) and layer.get_seq_length():
+                at = rows.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys.index_select(0, at), layer.values.index_select(0, at)  # type: ignore[union-attr]
+        self.state.select(rows)

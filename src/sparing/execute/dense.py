@@ -1,0 +1,158 @@
+"""The executor that defines the meaning: hooks on unmodified modules; gates multiply branch ends, masks hide keys. Slow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparing.anatomy import Anatomy
+from sparing.execute.gathered import refuse_revival
+from sparing.execute.planning import Pass
+from sparing.plan import LayerPlan
+from sparing.plan.layer_plan import Mask
+
+BACKENDS = ("sdpa", "eager")
+
+
+class Dense:
+    """Carries a plan out with hooks on a stock model. Differentiable, also in the gates.
+
+    Args:
+        anatomy: where the parts of the model are.
+
+    Raises:
+        ValueError: the model's attention implementation takes no dense mask.
+    """
+
+    name = "dense"
+    ragged = False
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        if anatomy.attention_backend not in BACKENDS:
+            raise ValueError(
+                f'execute="dense" works with {" and ".join(BACKENDS)} attention, not {anatomy.attention_backend!r}: '
+                "load the model with attn_implementation='sdpa'"
+            )
+        self.anatomy = anatomy
+        self.current: Pass | None = None
+        self._plans: dict[int, LayerPlan] = {}
+        self._inputs: dict[int, Tensor] = {}
+        self._some: dict[int, Tensor | None] = {}
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        """Put the hooks on; they do nothing unless a planned pass is running."""
+        a = self.anatomy
+        for i, layer in enumerate(a.layers):
+
+            def before_layer(_: nn.Module, args: Any, kwargs: Any, i: int = i) -> Any:
+                return self._before_layer(i, args, kwargs)
+
+            def after_attention(_: nn.Module, __: Any, out: Any, i: int = i) -> Any:
+                return self._gate(out, self._plans[i].attend, self._plans[i].attend_weight) if self.current else None
+
+            def before_mlp(_: nn.Module, args: Any, i: int = i) -> None:
+                self._before_mlp(i, args[0])
+
+            def after_mlp(_: nn.Module, __: Any, out: Any, i: int = i) -> Any:
+                return self._gate(out, self._plans[i].feed, self._plans[i].feed_weight) if self.current else None
+
+            def before_projection(_: nn.Module, args: Any, i: int = i) -> Any:
+                some = self._some.get(i) if self.current else None
+                return None if some is None else (torch.where(some, args[0], 0), *args[1:])
+
+            self._handles += [
+                layer.register_forward_pre_hook(before_layer, with_kwargs=True),
+                a.attention_end(i).register_forward_hook(after_attention),
+                a.output_projection(i).register_forward_pre_hook(before_projection),
+                a.mlp_norm(i).register_forward_pre_hook(before_mlp),
+                a.mlp_end(i).register_forward_hook(after_mlp),
+            ]
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.current = None
+
+    def _before_layer(self, i: int, args: Any, kwargs: Any) -> Any:
+        run = self.current
+        if run is None:
+            return None
+        x = args[0] if args else kwargs["hidden_states"]
+        run.cos, run.sin = kwargs["position_embeddings"]
+        self._inputs[i] = x
+        plan = self._plans[i] = run.plan_attend(i, x)
+        self._some[i] = None
+        mask = self._mask(run, i, plan)
+        if mask is None:
+            return None
+        may, some = mask
+        self._some[i] = some
+        if self.anatomy.attention_backend == "eager":
+            floor = torch.finfo(x.dtype).min
+            bias = torch.zeros_like(may, dtype=x.dtype).masked_fill_(~may, floor)
+            return args, {**kwargs, "attention_mask": bias.unsqueeze(1)}
+        return args, {**kwargs, "attention_mask": may.unsqueeze(1)}
+
+    def _mask(self, run: Pass, i: int, plan: LayerPlan) -> tuple[Tensor, Tensor] | None:
+        """`[b t T]`, who may read whom, and `[b t 1]`, who may read anyone; `None` where the stock mask says it all."""
+        state = run.state
+        past = state.readable[i]
+        freed = run.record.layers[i].freed
+        before = state.tokens.valid[:, : run.start]
+        if freed is not None:
+            if len(run.policies) == 1:
+                refuse_revival(freed, before if past is None else past, run)
+            past = (before if past is None else past) & ~freed
+        # Padding alone is hidden by the stock mask.
+        hides = plan.read is not True and plan.read is not run.valid
+        if not hides and past is None:
+            readable = None
+        else:
+            readable = run.memo(
+                ("readable", id(past), plan.read if isinstance(plan.read, bool) else id(plan.read)),
+                lambda: torch.cat([before if past is None else past, self._as_tensor(run, plan.read)], dim=1),
+                past,
+                plan.read,
+            )
+        state.readable[i] = readable
+        if readable is None and plan.sees is None:
+            return None
+        shown = state.tokens.valid if readable is None else readable
+
+        def build() -> tuple[Tensor, Tensor]:
+            b, length = shown.shape
+            key = torch.arange(length, device=shown.device)
+            query = key[run.start :].expand(b, -1)
+            slots = torch.where(shown, key.expand(b, -1), -1)
+            may, some = run.visible(query, slots, plan.sees)
+            return may, some
+
+        return run.memo(("mask", id(readable), id(plan.sees)), build, readable, plan.sees)
+
+    def _before_mlp(self, i: int, x: Tensor) -> None:
+        if self.current is not None:
+            self._plans[i] = self.current.plan_feed(i, x, self._inputs.pop(i), self._plans[i])
+
+    def _gate(self, out: Any, mask: Mask, weight: Tensor | None) -> Any:
+        """Multiply a branch by its gate: by the weight where there is one (gradients pass), by the mask otherwise."""
+        if mask is True and weight is None:
+            return None
+        branch = out[0] if isinstance(out, tuple) else out
+        if weight is not None:
+            gated = branch * weight.unsqueeze(-1).to(branch.dtype)
+        elif isinstance(mask, Tensor):
+            gated = torch.where(mask.unsqueeze(-1), branch, 0)
+        else:
+            gated = torch.zeros_like(branch)
+        return (gated, *out[1:]) if isinstance(out, tuple) else gated
+
+    @staticmethod
+    def _as_tensor(run: Pass, mask: Mask) -> Tensor:
+        if isinstance(mask, Tensor):
+            return mask
+        return torch.full((run.new.batch, run.new.length), mask, device=run.device)

@@ -1,0 +1,185 @@
+"""The fast executor: only the rows that a plan asks for go through matrix products, and only readable keys are stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparing.anatomy import Anatomy
+from sparing.execute.cache import RaggedLayer
+from sparing.execute.planning import Pass
+from sparing.execute.rows import Rows
+from sparing.plan import LayerPlan
+
+
+class Gathered:
+    """Runs the layers of a decoder row by row as planned. Equal to `dense` (tests/test_parity.py).
+
+    Args:
+        anatomy: where the parts of the model are.
+    """
+
+    name = "gathered"
+    ragged = True
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+
+    def run(self, run: Pass, embeds: Tensor, keep_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All layers and the final norm. embeds: `[b t d]` -> `[b t d]`, and each layer's input if asked for."""
+        x, owned = embeds, False
+        hidden: list[Tensor] = []
+        grad = torch.is_grad_enabled()
+        looks_back = any(p.looks_back for p in run.policies)
+        for layer in range(len(self.anatomy.layers)):
+            if keep_hidden:
+                hidden.append(x.clone())
+            layer_input = x
+            plan = run.plan_attend(layer, x)
+            _refuse_gate_gradients(plan.attend_weight)
+            branch, rows = self._attention(run, layer, x, plan)
+            if branch is not None:
+                branch = _weighted(branch, plan.attend_weight, rows)
+                x = rows.add(x, branch, in_place=owned and not grad and not looks_back)
+                owned = True
+            plan = run.plan_feed(layer, x, layer_input, plan)
+            _refuse_gate_gradients(plan.feed_weight)
+            rows = run.rows(plan.feed, plan.capacity)
+            if not rows.none:
+                anatomy = self.anatomy
+                branch = anatomy.mlp(layer)(anatomy.mlp_norm(layer)(rows.take(x)))
+                branch = _weighted(anatomy.finish_mlp(layer, branch), plan.feed_weight, rows)
+                x = rows.add(x, branch, in_place=owned and not grad)
+                owned = True
+        x = self.anatomy.decoder.norm(x)
+        return x, (*hidden, x) if keep_hidden else ()
+
+    def _attention(self, run: Pass, layer: int, x: Tensor, plan: LayerPlan) -> tuple[Tensor | None, Rows]:
+        """The attention branch of the attending rows, packed; `None` if there are none."""
+        anatomy = self.anatomy
+        readers, written = run.rows(plan.attend, plan.capacity), run.rows(plan.read)
+        norm = anatomy.attention_norm(layer)
+        stored = run.cache.layers[layer] if run.cache is not None else None
+        assert stored is None or isinstance(stored, RaggedLayer)
+        if stored is not None and (freed := run.record.layers[layer].freed) is not None:
+            _check_freed(run, stored, freed, plan)
+            stored.free(freed)
+        if written.none and readers.none:
+            return None, readers
+        normed = None
+        keys = values = index = None
+        holes = False
+        if not written.none:
+            normed = norm(written.take(x))
+            key = anatomy.rotate(anatomy.key(layer, normed), *run.angles(written))
+            keys = written.pad(key).transpose(1, 2)
+            values = written.pad(anatomy.value(layer, normed)).transpose(1, 2)
+            holes = written.ragged
+            index = run.memo(("index", id(written)), lambda: _shifted(written.index, run.start), written)
+        alone = stored is None or stored.keys is None
+        if stored is not None:
+            if keys is not None and values is not None:
+                past, new = stored.index, index
+                if past is not None:
+                    index = run.memo(("joined", id(past), id(new)), lambda: torch.cat([past, new], dim=1), past, new)
+                stored.append(keys, values, index, holes)
+            keys, values, index, holes = stored.keys, stored.values, stored.index, stored.holes
+        if readers.none:
+            return None, readers
+        if keys is None or values is None or index is None:
+            # Nothing can be read in this layer: the attention result is zero, and what the projection adds is its bias.
+            shape = run.state.ledger.shape.layers[layer]
+            mixed = x.new_zeros(*readers.take(x).shape[:-1], shape.heads * shape.head_dim)
+            return anatomy.finish_attention(layer, anatomy.project(layer, mixed)), readers
+        if readers is written:
+            rows = normed
+        elif written.every:
+            rows = readers.take(normed)  # type: ignore[arg-type]
+        else:
+            rows = norm(readers.take(x))
+        query = anatomy.rotate(anatomy.query(layer, rows), *run.angles(readers))  # type: ignore[arg-type]
+        query = readers.pad(query).transpose(1, 2)
+        mask, some, causal = None, None, False
+        if readers is written and alone and plan.sees is None:
+            # Packed rows are in order and empty slots come last: the causal triangle is the whole mask.
+            causal = readers.width > 1
+        elif not (readers is written and readers.width == 1 and not holes and not readers.ragged and plan.sees is None):
+            at = run.memo(("index", id(readers)), lambda: _shifted(readers.index, run.start), readers)
+            mask, some = run.visible(at, index, plan.sees)
+        mixed = self._core(layer, query, keys, values, mask, causal)
+        if some is not None and not (plan.sees is None and (readers is written or written.every)):
+            mixed = torch.where(some, mixed, 0)
+        out = anatomy.project(layer, readers.unpad(mixed))
+        return anatomy.finish_attention(layer, out), readers
+
+    def _core(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        """Softmax attention. query `[b heads q head_dim]`, keys and values `[b kv_heads s head_dim]` -> `[b q heads*head_dim]`."""
+        anatomy = self.anatomy
+        module = anatomy.attention(layer)
+        scaling = anatomy.scaling(layer)
+        dropout = module.attention_dropout if module.training else 0.0
+        if anatomy.attention_backend == "eager":
+            if causal:
+                q = torch.arange(query.shape[2], device=query.device)
+                mask = (q[:, None] >= q)[None]
+            bias = None
+            if mask is not None:
+                floor = torch.finfo(query.dtype).min
+                bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, floor).unsqueeze(1)
+            mixed, _ = anatomy.eager_attention(layer)(
+                module, query, keys, values, bias, scaling=scaling, dropout=dropout
+            )
+            return mixed.flatten(2)
+        groups = query.shape[1] // keys.shape[1]
+        if groups > 1 and mask is not None and query.is_cuda:
+            # The fast CUDA kernels take no mask together with grouped heads.
+            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+            groups = 1
+        mixed = F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=None if mask is None else mask.unsqueeze(1),
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=groups > 1,
+        )
+        return mixed.transpose(1, 2).flatten(2)
+
+
+def _shifted(index: Tensor, start: int) -> Tensor:
+    """Indices among the new tokens -> original indices; empty slots stay -1."""
+    return index if start == 0 else torch.where(index < 0, index, index + start)
+
+
+def _weighted(branch: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:
+    return branch if weight is None else branch * rows.take(weight).unsqueeze(-1).to(branch.dtype)
+
+
+def _refuse_gate_gradients(weight: Tensor | None) -> None:
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            'execute="gathered" cannot train gates: a skipped branch has no value to learn from; use execute="dense" to train routers'
+        )
+
+
+def _check_freed(run: Pass, stored: RaggedLayer, freed: Tensor, plan: LayerPlan) -> None:
+    """A plan may not ask for a cached key that is gone; `Pass` keeps policies that only intersect from meaning that."""
+    if len(run.policies) != 1 or stored.index is None:
+        return
+    refuse_revival(freed, stored.readable(run.start), run)
+
+
+def refuse_revival(freed: Tensor, readable: Tensor, run: Pass) -> None:
+    """Raise `ValueError` if `read` is true for a valid, undropped cached token that an earlier pass hid."""
+    past: Any = run.alive(run.state.depth - 1)[:, : run.start]
+    if bool((~freed & ~readable & past).any()):
+        raise ValueError(
+            "LayerPlan.read asks for a cached key that was freed or never stored; once read is False for a token it must stay so"
+        )

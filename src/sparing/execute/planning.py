@@ -1,0 +1,364 @@
+"""`Pass`: one forward pass under policies. Both executors ask it what to compute, and it writes the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparing.anatomy import Anatomy
+from sparing.execute.cache import PlannedCache, RaggedLayer, RunState
+from sparing.execute.rows import Rows
+from sparing.plan import FULL, LayerPlan, ModelShape, Policy, PromptView, View
+from sparing.plan.layer_plan import Mask, Sees, both
+from sparing.plan.ledger import LayerRecord, PassRecord
+from sparing.tokens import Group, TokenMap
+
+
+class Pass:
+    """One forward pass: its tokens, what is alive, the plans of its layers, and what was looked up on the way.
+
+    Masks, row choices and attention masks are shared between layers whose plans share their tensors (compared by identity), so
+    a decision that holds for the whole model is worked out once.
+
+    Attributes:
+        start: original index of the first new token.
+        new: the new tokens.
+        prefill: whether this is the prompt.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        policies: Sequence[Policy],
+        state: RunState,
+        new: TokenMap,
+        *,
+        prefill: bool,
+        device: torch.device,
+        logit_rows: int,
+        encoder_features: Any,
+    ) -> None:
+        self.anatomy, self.policies, self.state = anatomy, policies, state
+        self.new, self.prefill, self.device = new, prefill, device
+        self.start = state.tokens.length - new.length
+        self.encoder_features = encoder_features
+        self.valid: Mask = new.valid if new.padded else True
+        self.cos: Tensor
+        self.sin: Tensor
+        self.cache: PlannedCache | None = None
+        self._drops: list[int] = []
+        self._memo: dict[tuple[Any, ...], Any] = {}
+        self._kept: list[Any] = []
+        pictures = sum(span.start >= self.start for row in new.images for span in row) if any(new.images) else 0
+        self.record = PassRecord(
+            start=self.start,
+            valid=self.valid,
+            batch=new.batch,
+            length=new.length,
+            logit_rows=logit_rows,
+            pictures=pictures,
+            layers=[LayerRecord(True, True, True) for _ in range(state.depth)],
+            prefill=prefill,
+        )
+        state.ledger.begin(self.record)
+
+    # Plans ---------------------------------------------------------------------------------------------------------
+
+    def begin_prompt(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Let every policy look at the prompt once; returns embeddings and positions as they left them."""
+        view = _StartView(self, embeds, position_ids)
+        for policy, memory in zip(self.policies, self.state.memories, strict=True):
+            view.state = memory
+            policy.start(view)
+        if view.position_ids is not position_ids:
+            if position_ids.ndim != 2:
+                raise ValueError("re-indexing positions of several axes (M-RoPE) is not supported: keep the positions")
+            self.state.shift = (position_ids - view.position_ids)[:, -1:].expand(self.new.batch, 1)
+        return view.embeds, view.position_ids
+
+    def plan_attend(self, layer: int, residual: Tensor) -> LayerPlan:
+        """What the layer computes, as far as it is known before attention; padding and dropped tokens taken out."""
+        plan = FULL
+        view: LayerView | None = None
+        for policy, memory in self._deciding():
+            view = view or LayerView(self, layer, residual, residual, attended=False)
+            view.state = memory
+            plan = plan & policy.plan_attend(view)
+        return self._restrict(plan, layer)
+
+    def plan_feed(self, layer: int, residual: Tensor, layer_input: Tensor, plan: LayerPlan) -> LayerPlan:
+        """The same plan with its MLP decided, after attention; recorded in the ledger."""
+        view: LayerView | None = None
+        for policy, memory in self._deciding():
+            view = view or LayerView(self, layer, residual, layer_input, attended=True, plan=plan)
+            view.state = memory
+            plan = plan.feeding(policy.plan_feed(view))
+        record = self.record.layers[layer]
+        record.attend, record.feed, record.sees = plan.attend, plan.feed, plan.sees
+        record.read = plan.read
+        return plan
+
+    def _deciding(self) -> list[tuple[Policy, dict[Any, Any]]]:
+        """The policies that decide in this pass: one that is not causal has decided at prefill."""
+        return [
+            (p, m) for p, m in zip(self.policies, self.state.memories, strict=True) if self.prefill or p.causal
+        ]
+
+    def _restrict(self, plan: LayerPlan, layer: int) -> LayerPlan:
+        """Take padding and dropped tokens out of a plan, and split what it says of cached tokens off (`freed`)."""
+        read, long = plan.read, None
+        if isinstance(read, Tensor) and read.shape[-1] != self.new.length:
+            if read.shape[-1] != self.state.tokens.length:
+                raise ValueError(
+                    f"LayerPlan.read covers {read.shape[-1]} tokens; give one entry for each of the {self.new.length} new tokens, "
+                    f"or for all {self.state.tokens.length} so far"
+                )
+            long, read = read, read[:, self.start :]
+        self.record.layers[layer].freed = self.freed(layer, long)
+        for name, mask in (("attend", plan.attend), ("feed", plan.feed)):
+            if isinstance(mask, Tensor) and mask.shape[-1] != self.new.length:
+                raise ValueError(f"LayerPlan.{name} covers {mask.shape[-1]} tokens; this pass has {self.new.length}")
+        here = self.here(layer)
+        if here is True and read is plan.read:
+            return plan
+        attend, feed, read = (self.meet(m, here) for m in (plan.attend, plan.feed, read))
+        return LayerPlan(attend, feed, read, plan.attend_weight, plan.feed_weight, plan.sees, plan.capacity)
+
+    def here(self, layer: int) -> Mask:
+        """Which new tokens are neither padding nor dropped in this layer; `True` if all are."""
+        dropped_at = self.state.dropped_at
+        passed = sum(level <= layer for level in self._drops)
+        if dropped_at is None or not passed:
+            return self.valid
+        alive = self.memo(("here", id(dropped_at), passed), lambda: dropped_at[:, self.start :] > layer, dropped_at)
+        return self.meet(alive, self.valid)
+
+    def alive(self, layer: int) -> Tensor:
+        """`[b T]`, which tokens so far are neither padding nor dropped in this layer."""
+        valid = self.state.tokens.valid
+        return valid if self.state.dropped_at is None else valid & (self.state.dropped_at > layer)
+
+    def drop(self, mask: Tensor, layer: int) -> None:
+        """Drop tokens `[b T]` from `layer` on."""
+        tokens = self.state.tokens
+        if mask.shape != (tokens.batch, tokens.length):
+            raise ValueError(f"drop() got a mask of shape {tuple(mask.shape)}, expected {(tokens.batch, tokens.length)}")
+        if self.state.dropped_at is None:
+            self.state.dropped_at = torch.full_like(tokens.group, self.state.depth)
+        self.state.dropped_at = torch.where(mask, self.state.dropped_at.clamp(max=layer), self.state.dropped_at)
+        self._drops.append(layer)
+
+    def freed(self, layer: int, read: Tensor | None) -> Tensor | None:
+        """Which cached tokens `[b past]` this pass frees in a layer: those hidden by a plan's `read`, those dropped now."""
+        freed = None if read is None else ~read[:, : self.start]
+        if self.start and self.state.dropped_at is not None and any(level <= layer for level in self._drops):
+            dropped = self.state.dropped_at[:, : self.start] <= layer
+            freed = dropped if freed is None else freed | dropped
+        return freed
+
+    def cached_keys(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Keys of earlier passes `[b kv_heads s head_dim]`, their original indices `[b s]`, and which may be read `[b past]`."""
+        if self.cache is None or not self.start:
+            return None
+        stored = self.cache.layers[layer]
+        if isinstance(stored, RaggedLayer):
+            if stored.keys is None or stored.index is None:
+                return None
+            return stored.keys, torch.where(stored.index < self.start, stored.index, -1), None
+        past = torch.arange(self.start, device=self.device).expand(self.new.batch, self.start)
+        hidden = self.state.readable[layer]
+        return stored.keys[:, :, : self.start], past, None if hidden is None else hidden[:, : self.start]  # type: ignore[index]
+
+    # What layers share ---------------------------------------------------------------------------------------------
+
+    def memo(self, key: tuple[Any, ...], build: Any, *keep: Any) -> Any:
+        """Look up or build; `keep` holds what the key's identities speak of, so that no identity is reused."""
+        if key not in self._memo:
+            self._memo[key] = build()
+            self._kept.append(keep)
+        return self._memo[key]
+
+    def meet(self, a: Mask, b: Mask) -> Mask:
+        """The intersection of two masks, shared between layers."""
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            return both(a, b)
+        return self.memo(("meet", id(a), id(b)), lambda: both(a, b), a, b)
+
+    def rows(self, mask: Mask, capacity: int | None = None) -> Rows:
+        """The row choice of a mask, shared between layers."""
+        key = mask if isinstance(mask, bool) else id(mask)
+        b, t = self.new.batch, self.new.length
+        return self.memo(("rows", key), lambda: Rows(mask, b, t, self.device, capacity), mask)
+
+    def angles(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of chosen rows."""
+        return self.memo(("angles", id(rows)), lambda: (rows.take(self.cos), rows.take(self.sin)), rows)
+
+    def visible(self, query: Tensor, key: Tensor, sees: Sees | None) -> tuple[Tensor, Tensor]:
+        """`[b q k]`, which slots each query may read, and `[b q 1]`, whether there is any.
+
+        query `[b q]` and key `[b k]` hold original indices, -1 in empty slots. Queries that may read nothing are let see
+        everything, so that no softmax runs over nothing: the caller zeroes their result.
+        """
+
+        def build() -> tuple[Tensor, Tensor]:
+            q, k = query.unsqueeze(2), key.unsqueeze(1)
+            may = (k <= q) & (k >= 0)
+            if sees is not None:
+                may = may & sees(q, k)
+            some = may.any(-1, keepdim=True)
+            return may | ~some, some
+
+        return self.memo(("visible", id(query), id(key), id(sees)), build, query, key, sees)
+
+
+class LayerView(View):
+    """What a policy may look at in one layer (see `View`)."""
+
+    def __init__(
+        self,
+        run: Pass,
+        layer: int,
+        residual: Tensor,
+        layer_input: Tensor,
+        *,
+        attended: bool,
+        plan: LayerPlan | None = None,
+    ) -> None:
+        self._run, self._input, self._attended, self._plan = run, layer_input, attended, plan
+        self.layer, self.residual = layer, residual
+        self.tokens, self.new = run.state.tokens, run.new
+        self.shape: ModelShape = run.state.ledger.shape
+        self.state: dict[Any, Any] = {}
+        self._normed: Tensor | None = None
+
+    @property
+    def prefill(self) -> bool:
+        """Whether this pass reads the prompt."""
+        return self._run.prefill
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt, padding included."""
+        return self._run.state.prompt_length
+
+    @property
+    def encoder_features(self) -> Any:
+        """The vision encoder's output."""
+        return self._run.encoder_features
+
+    def normed(self) -> Tensor:
+        """The residual after this branch's norm."""
+        if self._normed is None:
+            anatomy = self._run.anatomy
+            norm = anatomy.mlp_norm(self.layer) if self._attended else anatomy.attention_norm(self.layer)
+            self._normed = norm(self.residual)
+        return self._normed
+
+    def alive(self) -> Tensor:
+        """Which tokens are neither padding nor dropped."""
+        return self._run.alive(self.layer)
+
+    def shared(self, name: str, build: Callable[[], Tensor], owner: object) -> Tensor:
+        """Built once a pass."""
+        return self._run.memo((name, id(owner)), build, owner)
+
+    def drop(self, mask: Tensor) -> None:
+        """Drop tokens from this layer on, or from the next one on after attention."""
+        self._run.drop(mask, self.layer + self._attended)
+
+    def spend(self, flops: int) -> None:
+        """Book the cost of deciding."""
+        self._run.record.layers[self.layer].spent += int(flops)
+
+    def scores(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Attention probabilities of chosen queries (see `View.scores`)."""
+        run, anatomy, layer = self._run, self._run.anatomy, self.layer
+        b, t = run.new.batch, run.new.length
+        normed = anatomy.attention_norm(layer)(self._input)
+        at = queries[..., None]
+        cos, sin = run.cos.expand(b, -1, -1), run.sin.expand(b, -1, -1)
+        q = anatomy.query(layer, normed.gather(1, at.expand(-1, -1, normed.shape[-1])))
+        q = anatomy.rotate(q, cos.gather(1, at.expand(-1, -1, cos.shape[-1])), sin.gather(1, at.expand(-1, -1, sin.shape[-1])))
+        k = anatomy.rotate(anatomy.key(layer, normed), cos, sin).transpose(1, 2)
+        index = torch.arange(run.start, run.start + t, device=k.device).expand(b, t)
+        readable = run.alive(layer)
+        cached = run.cached_keys(layer)
+        if cached is not None:
+            past, past_index, past_readable = cached
+            k, index = torch.cat([past, k], dim=2), torch.cat([past_index, index], dim=1)
+            if past_readable is not None:
+                readable = torch.cat([readable[:, : run.start] & past_readable, readable[:, run.start :]], dim=1)
+        if self._plan is not None and isinstance(self._plan.read, Tensor):
+            readable = torch.cat([readable[:, : run.start], readable[:, run.start :] & self._plan.read], dim=1)
+        group = q.shape[2] // k.shape[1]
+        q = q.transpose(1, 2).unflatten(1, (k.shape[1], group))
+        logits = (q @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * anatomy.scaling(layer)
+        may, some = run.visible(queries + run.start, index, self._plan.sees if self._plan else None)
+        open_slot = readable.gather(1, index.clamp(min=0)) & (index >= 0)
+        may = may & some & open_slot[:, None]
+        logits = logits.float().masked_fill(~may[:, None], float("-inf"))
+        weights = torch.nan_to_num(logits.softmax(-1)).to(normed.dtype)
+        shape = self.shape.layers[layer]
+        n = b * queries.shape[1]
+        self.spend(n * shape.query_flops // 2 + b * t * shape.kv_flops // 2 + n * k.shape[2] * shape.pair_flops // 2)
+        return _columns(weights, index, run.state.tokens.length, keys)
+
+
+def _columns(weights: Tensor, index: Tensor, length: int, keys: Tensor | None) -> Tensor:
+    """Put slots `[b h q s]` at their original indices and take the wanted columns."""
+    b, h, q, _ = weights.shape
+    at = torch.where(index < 0, length, index)[:, None, None].expand(b, h, q, -1)
+    full = weights.new_zeros(b, h, q, length + 1).scatter_(3, at, weights)[..., :length]
+    return full if keys is None else full.gather(3, keys[:, None, None].expand(b, h, q, -1))
+
+
+class _StartView(PromptView):
+    """What a policy may look at and change before the first layer (see `PromptView`)."""
+
+    def __init__(self, run: Pass, embeds: Tensor, position_ids: Tensor) -> None:
+        self._run = run
+        self.embeds, self.position_ids = embeds, position_ids
+        self.tokens, self.shape = run.state.tokens, run.state.ledger.shape
+        self.state: dict[Any, Any] = {}
+
+    def drop(self, mask: Tensor) -> None:
+        """Drop tokens before the first layer."""
+        self._run.drop(mask, 0)
+
+    @property
+    def encoder_features(self) -> Any:
+        """The vision encoder's output."""
+        return self._run.encoder_features
+
+
+def new_tokens(anatomy: Anatomy, inputs: Mapping[str, Any], embeds: Tensor, state: RunState | None) -> TokenMap:
+    """The map of a pass's new tokens; `inputs` is what the model was called with.
+
+    While decoding one token a row, everything is text and nothing is looked up.
+    """
+    b, t = embeds.shape[:2]
+    past = 0 if state is None else state.tokens.length
+    mask = inputs.get("attention_mask")
+    if state is not None and t == 1:
+        group = torch.full((b, 1), int(Group.TEXT), device=embeds.device)
+        present = frozenset({Group.TEXT})
+        if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
+            group, present = torch.where(mask[:, -1:] == 0, int(Group.PAD), group), frozenset()
+        return TokenMap(group, inputs["position_ids"], ((),) * b, _no_segment(state, group), present)
+    ids = inputs.get("input_ids")
+    known = dict(inputs) if ids is not None and ids.shape == (b, t) else {**inputs, "input_ids": None}
+    tokens = anatomy.read_tokens({**known, "inputs_embeds": embeds})
+    if state is None:
+        return tokens
+    images = tuple(tuple(s._replace(start=s.start + past, stop=s.stop + past) for s in row) for row in tokens.images)
+    return TokenMap(tokens.group, tokens.position_ids, images, _no_segment(state, tokens.group), tokens.present)
+
+
+def _no_segment(state: RunState, group: Tensor) -> Tensor | None:
+    """Decoded tokens belong to no segment (-1), where the prompt has segments."""
+    return None if state.tokens.segment is None else torch.full_like(group, -1)
+

@@ -1,0 +1,134 @@
+"""`Rows`: which token rows a branch computes, and how to take them out of the residual stream and put them back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparing.plan.layer_plan import Mask
+
+
+class Rows:
+    """A choice of tokens in a `[b t]` batch. "Packed" is how the chosen rows lie in matrix products.
+
+    There are four kinds, from cheap to general: every token (a view), none, the same contiguous stretch in every row of the
+    batch (a slice), and scattered tokens (gathered). Where each batch row has the same number of chosen tokens the packed form
+    is `[b m ...]`; otherwise it is `[n ...]` without padding, and only attention sees a padded form.
+
+    Args:
+        mask: `[b t]`, or `True`/`False` for all.
+        batch: number of rows in the batch.
+        length: tokens a row.
+        device: where the indices shall live.
+        capacity: a promised bound on the tokens a row; with it nothing waits for the device.
+    """
+
+    def __init__(
+        self, mask: Mask, batch: int, length: int, device: torch.device, capacity: int | None = None
+    ) -> None:
+        self.batch, self.length = batch, length
+        self.every = mask is True
+        self.none = mask is False
+        self.stretch: slice | None = None
+        self.uniform = True
+        self.width = 0 if self.none else length
+        self._flat: Tensor | None = None
+        self._slot: Tensor | None = None
+        if isinstance(mask, Tensor):
+            self._index(mask, capacity)
+        else:
+            self.index = torch.arange(self.width, device=device).expand(batch, self.width)
+
+    def _index(self, mask: Tensor, capacity: int | None) -> None:
+        """Find the chosen tokens; one transfer to the host (none with a capacity)."""
+        b, t = self.batch, self.length
+        if mask.shape[0] != b:
+            mask = mask.expand(b, t)
+        if capacity is not None:
+            # A stable sort puts the chosen ones first, in order; what is beyond them is an empty slot.
+            self.width = min(capacity, t)
+            order = torch.argsort(~mask, dim=1, stable=True)[:, : self.width]
+            chosen = mask.gather(1, order)
+            self.index = torch.where(chosen, order, -1)
+            self.uniform = True
+            self._flat = (order + torch.arange(b, device=mask.device)[:, None] * t).flatten()
+            self._empty = ~chosen
+            return
+        count = mask.sum(1)
+        first = mask.int().argmax(1)
+        last = t - 1 - mask.flip(1).int().argmax(1)
+        counts, firsts, lasts = torch.stack([count, first, last]).tolist()
+        self.width = max(counts)
+        self.uniform = min(counts) == self.width
+        if self.width == 0:
+            self.none, self.index = True, mask.new_zeros((b, 0), dtype=torch.long)
+            return
+        if self.uniform and self.width == t:
+            self.every, self.index = True, torch.arange(t, device=mask.device).expand(b, t)
+            return
+        if self.uniform and all(f == firsts[0] and e - f + 1 == self.width for f, e in zip(firsts, lasts, strict=True)):
+            self.stretch = slice(firsts[0], lasts[0] + 1)
+            self.index = torch.arange(firsts[0], lasts[0] + 1, device=mask.device).expand(b, self.width)
+            return
+        self._flat = mask.flatten().nonzero_static(size=sum(counts)).flatten()
+        if self.uniform:
+            self.index = (self._flat % t).view(b, self.width)
+            return
+        inside = torch.arange(self.width, device=mask.device) < count[:, None]
+        self._slot = inside.flatten().nonzero_static(size=sum(counts)).flatten()
+        self.index = torch.full((b * self.width,), -1, device=mask.device)
+        self.index[self._slot] = self._flat % t
+        self.index = self.index.view(b, self.width)
+
+    _empty: Tensor | None = None
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some slot of the padded form may be empty."""
+        return not self.uniform or self._empty is not None
+
+    def take(self, x: Tensor) -> Tensor:
+        """`[b t ...]` -> packed rows."""
+        if self.every:
+            return x
+        if self.stretch is not None:
+            return x[:, self.stretch]
+        if x.shape[0] != self.batch:
+            x = x.expand(self.batch, *x.shape[1:])
+        rows = x.reshape(self.batch * self.length, *x.shape[2:]).index_select(0, self._require_flat())
+        return rows.view(self.batch, self.width, *x.shape[2:]) if self.uniform else rows
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """Packed -> `[b m ...]`, zeros in empty slots."""
+        if self._slot is None:
+            return packed
+        out = packed.new_zeros(self.batch * self.width, *packed.shape[1:])
+        return out.index_copy(0, self._slot, packed).view(self.batch, self.width, *packed.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """`[b m ...]` -> packed."""
+        if self._slot is None:
+            return padded
+        return padded.reshape(self.batch * self.width, *padded.shape[2:]).index_select(0, self._slot)
+
+    def add(self, x: Tensor, packed: Tensor, *, in_place: bool) -> Tensor:
+        """Add packed rows to `x` `[b t d]`. In place only where the caller owns `x` and no gradient needs its old value."""
+        if self.every:
+            return x + packed
+        if self._empty is not None:
+            packed = packed.masked_fill(self._empty.unsqueeze(-1), 0)
+        if self.stretch is not None:
+            if in_place:
+                x[:, self.stretch] += packed
+                return x
+            start, stop = self.stretch.start, self.stretch.stop
+            return torch.cat([x[:, :start], x[:, start:stop] + packed, x[:, stop:]], dim=1)
+        flat, rows = x.reshape(-1, x.shape[-1]), packed.reshape(-1, x.shape[-1])
+        if in_place:
+            flat.index_add_(0, self._require_flat(), rows)
+            return x
+        return flat.index_add(0, self._require_flat(), rows).view_as(x)
+
+    def _require_flat(self) -> Tensor:
+        assert self._flat is not None
+        return self._flat

@@ -1,0 +1,96 @@
+"""Delete tokens before the first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparing.plan import ModelShape, Policy, PromptView
+from sparing.tokens import Group, TokenMap
+
+Where = Callable[[TokenMap], Tensor]
+
+
+class DropTokens(Policy):
+    """Drop tokens of a prompt: they are never computed and never read.
+
+    Args:
+        where: `TokenMap -> [b t]` mask of what to drop, or a `[b t]` mask itself.
+        groups: instead of `where`: drop tokens of these groups.
+        keep: with `groups`: keep this share of them (0 drops all), chosen at random by `seed`, the same number in each row
+            (rounded down, at least one if the share is not 0). This is the matched-count random control.
+        positions: `keep` leaves the survivors their original positions, `reindex` closes the gaps.
+        seed: of the random choice.
+
+    Raises:
+        ValueError: both or neither of `where` and `groups`, or a share outside 0..1.
+
+    Paper: EmbedLens (2603.00510), `mode=token_pruning`: deleted once, survivors keep their positions; its `-1` control is
+        `DropTokens(groups=[Group.IMAGE], keep=...)`, here with a seed of its own.
+    """
+
+    causal = False
+
+    def __init__(
+        self,
+        where: Where | Tensor | None = None,
+        *,
+        groups: Iterable[Group] | None = None,
+        keep: float = 0.0,
+        positions: Literal["keep", "reindex"] = "keep",
+        seed: int = 0,
+    ) -> None:
+        if (where is None) == (groups is None):
+            raise ValueError("DropTokens: give exactly one of where= (a mask or a function) and groups=")
+        if not 0 <= keep <= 1:
+            raise ValueError(f"DropTokens(keep={keep}): the share to keep lies between 0 and 1")
+        if positions not in ("keep", "reindex"):
+            raise ValueError(f'DropTokens(positions={positions!r}): choose "keep" or "reindex"')
+        self.where, self.groups, self.keep = where, None if groups is None else tuple(groups), keep
+        self.positions, self.seed = positions, seed
+
+    def validate(self, shape: ModelShape) -> None:
+        """Applies to every model."""
+        return
+
+    def idle(self, tokens: TokenMap) -> bool:
+        """The groups do not occur."""
+        return self.groups is not None and (self.keep == 1 or not tokens.has(*self.groups))
+
+    def start(self, view: PromptView) -> None:
+        """Choose and drop."""
+        tokens = view.tokens
+        if self.groups is not None:
+            gone = self._random(tokens.of(*self.groups))
+        else:
+            gone = self.where(tokens) if callable(self.where) else self.where
+            assert gone is not None
+            if gone.shape != tokens.group.shape:
+                raise ValueError(
+                    f"DropTokens: the mask has shape {tuple(gone.shape)}, the prompt {tuple(tokens.group.shape)}"
+                )
+            gone = gone.to(tokens.group.device)
+        gone = gone & tokens.valid
+        if bool((gone.sum(1) == tokens.valid.sum(1)).any()):
+            raise ValueError("DropTokens would drop every token of a row: keep at least one")
+        view.drop(gone)
+        if self.positions == "reindex":
+            view.position_ids = view.position_ids - gone.long().cumsum(1)
+
+    def _random(self, candidates: Tensor) -> Tensor:
+        """All candidates but a random share of each row."""
+        if self.keep == 0:
+            return candidates
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.rand(candidates.shape, generator=generator).to(candidates.device)
+        count = (candidates.sum(1, keepdim=True) * self.keep).floor().clamp(min=1)
+        rank = noise.masked_fill(~candidates, 2.0).argsort(1).argsort(1)
+        return candidates & (rank >= count)
+
+    def __repr__(self) -> str:
+        """As constructed."""
+        what = "where=..." if self.groups is None else f"groups={[g.name for g in self.groups]}, keep={self.keep:g}"
+        return f"DropTokens({what}, positions={self.positions!r})"

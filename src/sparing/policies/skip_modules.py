@@ -1,0 +1,61 @@
+"""Leave whole modules out: attention or MLP of chosen layers, for every token or for some groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sparing.plan import LayerPlan, ModelShape, Policy, View
+from sparing.plan.policy import check_layers
+from sparing.tokens import Group, TokenMap
+
+
+class SkipModules(Policy):
+    """Skip the attention or the MLP branch of chosen layers.
+
+    Args:
+        attention: layers whose attention branch is left out.
+        mlp: layers whose MLP branch is left out.
+        groups: skip for these token groups only; for every token if `None`. A skipped token of a group is still read by the
+            others (EmbedLens' sublayer skipping); where every token skips attention, nothing is read and no key is stored.
+
+    Raises:
+        ValueError: (when applied) a layer that does not exist.
+
+    Paper: module-wise static skipping as in SkipGPT's analysis (2506.04179); for groups EmbedLens (2603.00510), `mode=skip`.
+    Differs: EmbedLens' release also moves the text's attention mass to one visual token when it skips sublayer 0; not done here.
+    """
+
+    def __init__(
+        self, attention: Iterable[int] = (), mlp: Iterable[int] = (), groups: Iterable[Group] | None = None
+    ) -> None:
+        self.attention, self.mlp = frozenset(attention), frozenset(mlp)
+        self.groups = None if groups is None else tuple(groups)
+
+    def validate(self, shape: ModelShape) -> None:
+        """Every named layer must exist."""
+        check_layers(sorted(self.attention), shape, "SkipModules(attention=...)")
+        check_layers(sorted(self.mlp), shape, "SkipModules(mlp=...)")
+
+    def idle(self, tokens: TokenMap) -> bool:
+        """Nothing to skip (decoded tokens are text, so text alone keeps a group policy busy)."""
+        if not (self.attention or self.mlp):
+            return True
+        return self.groups is not None and Group.TEXT not in self.groups and not tokens.has(*self.groups)
+
+    def plan_attend(self, view: View) -> LayerPlan:
+        """Decided by the layer alone, or by layer and group."""
+        no_attention, no_mlp = view.layer in self.attention, view.layer in self.mlp
+        if not (no_attention or no_mlp):
+            return LayerPlan()
+        if self.groups is None:
+            return LayerPlan(attend=not no_attention, feed=not no_mlp, read=not no_attention)
+        if not view.new.has(*self.groups):
+            return LayerPlan()
+        # One tensor for all layers of a pass: executors share what they derive from it.
+        others = view.shared("skip_modules", lambda: ~view.new.of(*self.groups), self)
+        return LayerPlan(attend=others if no_attention else True, feed=others if no_mlp else True)
+
+    def __repr__(self) -> str:
+        """As constructed."""
+        groups = "" if self.groups is None else f", groups={[g.name for g in self.groups]}"
+        return f"SkipModules(attention={sorted(self.attention)}, mlp={sorted(self.mlp)}{groups})"
