@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ _applied: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def apply(
     model: nn.Module,
     *policies: Policy,
-    execute: Literal["gathered", "dense"] = "gathered",
+    execute: str = "gathered",
     tokens: TokenMap | None = None,
     force: bool = False,
 ) -> Run:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class DropTokens(Policy):
         *,
         groups: Iterable[Group] | None = None,
         keep: float = 0.0,
-        positions: Literal["keep", "reindex"] = "keep",
+        positions: str = "keep",
         seed: int = 0,
     ) -> None:
         if (where is None) == (groups is None):

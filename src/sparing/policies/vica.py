@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 from sparing.plan import FULL, LayerPlan, ModelShape, Policy, PromptView, View
 from sparing.plan.policy import check_layers
@@ -31,7 +30,7 @@ class ViCA(Policy):
     """
 
     def __init__(
-        self, layers: Iterable[int], prefix: Literal["update", "freeze"] | int = "update", *, blind: bool = False
+        self, layers: Iterable[int], prefix: str | int = "update", *, blind: bool = False
     ) -> None:
         self.layers = tuple(layers)
         if len(set(self.layers)) != len(self.layers):

@@ -1,0 +1,44 @@
+# Everything runs in .venv, with the versions of constraints.txt. `make help` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+# More pytest arguments, such as ARGS="-k parity".
+ARGS ?=
+# Cores for benchmarks; tests use as many processes of one thread each.
+THREADS ?= 2
+
+threads = OMP_NUM_THREADS=$(1) MKL_NUM_THREADS=$(1) OPENBLAS_NUM_THREADS=$(1) TOKENIZERS_PARALLELISM=false
+# Whatever needs a download fails at once instead of waiting for it.
+offline = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench gpu docs lint
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed ## create .venv with everything that developing needs
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: setup ## the tour: profile a small model, act on it, report
+	$(BIN)/sparing demo --out runs/demo
+
+test: setup ## the tests, offline
+	$(call threads,1) $(offline) $(BIN)/python -m pytest -n $(THREADS) --dist worksteal $(ARGS)
+
+bench: setup ## time the executors on this CPU
+	$(call threads,$(THREADS)) $(BIN)/python benchmarks/engine.py --json benchmarks/results/engine.json
+
+gpu: setup ## time the executors on a GPU
+	$(BIN)/python benchmarks/gpu_engine.py --json benchmarks/results/gpu_engine.json
+
+docs: setup ## run the examples of README.md and docs/
+	$(call threads,$(THREADS)) $(offline) $(BIN)/python docs/check_examples.py
+
+lint: setup ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright

@@ -1,0 +1,47 @@
+"""The typer app on which every command is registered.
+
+A command is one file of this folder and its line below. `sparing --help` imports all that is imported here,
+so heavy imports (torch, transformers, matplotlib) go inside the command's function: a test holds the help to
+half a second.
+"""
+
+from typing import Annotated
+
+import typer
+
+import sparing
+from sparing.cli.zoo import zoo
+
+app = typer.Typer(
+    name="sparing",
+    help="Find out which computation a language model needs, and run only that.",
+    rich_markup_mode="rich",
+    # errors.py words the errors; typer's own traceback would print the locals, tensors included.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sparing {sparing.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. Also accepted after a command.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Declare the options before a command; `main` acts on `--debug`, its callback on `--version`."""
+
+
+# A command is a function:
+#     from sparing.cli.profile import profile
+#     app.command()(profile)
+# A family of commands is a typer app of its own:
+app.add_typer(zoo, name="zoo")

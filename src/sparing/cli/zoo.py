@@ -1,0 +1,77 @@
+"""`sparing zoo`: the small models that come with the package."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparing.cli.options import Device, Out, Seed
+
+zoo = typer.Typer(
+    help="List, train and describe the small models that come with sparing.", no_args_is_help=True
+)
+
+Name = Annotated[str, typer.Argument(help="A model of the zoo; see `sparing zoo list`.")]
+
+
+@zoo.command("list")
+def list_models() -> None:
+    """List the models, their sizes and where their weights are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparing.zoo import names, path, recipe
+
+    table = Table("name", "weights", "what it is")
+    for name in names():
+        size = f"{(path(name) / 'model.safetensors').stat().st_size / 2**20:.1f} MiB"
+        table.add_row(name, size, recipe(name).summary)
+    Console().print(table)
+
+
+@zoo.command("train")
+def train_model(
+    name: Name,
+    out: Out = Path("runs/zoo"),
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; PyTorch's choice.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on from the last checkpoint.")] = True,
+    shrink: Annotated[
+        bool, typer.Option("--shrink", help="Two layers and a few steps, to try the recipe.")
+    ] = False,
+) -> None:
+    """Train a model, ask it held-out problems and write its card, in a folder of its own under --out."""
+    from dataclasses import asdict
+
+    from sparing.cli.options import device_of
+    from sparing.cli.record import RunRecord, environment
+    from sparing.zoo import recipe as find
+    from sparing.zoo.card import measure, training_seconds, write_card
+    from sparing.zoo.train import train
+
+    recipe = find(name).shrunk() if shrink else find(name)
+    folder = out / name
+    config = {"name": name, "shrink": shrink, "resume": resume, "device": device, "threads": threads}
+    with RunRecord(folder, config=config, seed=seed) as record:
+        where = device_of(device)
+        model = train(recipe, folder, seed=seed, device=where.type, threads=threads, fresh=not resume)
+        figures = measure(model, per_task=5 if shrink else 400, seconds=training_seconds(folder))
+        record.figures.update(asdict(figures))
+        write_card(recipe, model, figures, hardware=environment()["hardware"], seed=seed)
+    typer.echo(f"trained: {model}")
+
+
+@zoo.command("card")
+def show_card(name: Name) -> None:
+    """Show the card of a model that comes with the package: how it was made, what it can do."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from sparing.zoo import path
+
+    text = (path(name) / "README.md").read_text(encoding="utf-8")
+    # The front matter is for the hub, not for readers.
+    Console().print(Markdown(text.split("---\n", 2)[2]))

@@ -1,0 +1,167 @@
+"""The mean next-token loss of a model on a text, under a plan or without."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sparing.anatomy import anatomy_of
+from sparing.evaluate.windows import Windows
+from sparing.execute import Run, apply
+from sparing.plan import Policy
+from sparing.plan.cost import PARTS
+
+# Logits of one forward pass may take this much memory.
+LOGIT_BYTES = 1 << 28
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextLoss:
+    """A model's loss on windows, and what computing it cost.
+
+    Attributes:
+        tokens: nats of every predicted token; 0 for padding. Column `i` predicts token `i + 1` of its window.
+        windows: mean nats a predicted token, a window.
+        predicted: predicted tokens, a window.
+        flops: operations of the prefill by part, from the ledger.
+        dense_flops: the same with nothing left out.
+        kv_bytes: bytes of keys and values that can be read afterwards.
+        dense_kv_bytes: the same with nothing left out.
+        states: the ledger's table of what became of every token, if it was asked for.
+    """
+
+    tokens: Float[Tensor, "n w_minus_1"]
+    windows: Float[Tensor, " n"]
+    predicted: Int[Tensor, " n"]
+    flops: dict[str, int]
+    dense_flops: dict[str, int]
+    kv_bytes: int
+    dense_kv_bytes: int
+    states: Int[Tensor, "layers 2 n w"] | None = None
+
+    @property
+    def mean(self) -> float:
+        """Nats a predicted token."""
+        return mean_loss(self.windows.tolist(), self.predicted.tolist())
+
+    @property
+    def ratio(self) -> float:
+        """Operations as a share of the dense model's."""
+        return sum(self.flops.values()) / sum(self.dense_flops.values())
+
+
+def mean_loss(windows: list[float], predicted: list[int]) -> float:
+    """The loss a token from the losses of windows, which may be of different lengths."""
+    return math.fsum(loss * n for loss, n in zip(windows, predicted, strict=True)) / sum(predicted)
+
+
+def text_loss(
+    model: nn.Module, windows: Windows, *policies: Policy, states: bool = False, batch: int | None = None
+) -> TextLoss:
+    """Measure the loss of a model under policies.
+
+    Args:
+        model: a Hugging Face model of a known family.
+        windows: the text.
+        policies: what decides; the stock model without any.
+        states: also return the ledger's table.
+        batch: windows of one forward pass; by default as many as keep the logits small.
+
+    Raises:
+        ValueError: a logit is NaN or infinite; the message says where that comes from.
+    """
+    return measure_under(lambda: apply(model, *policies), model, windows, states=states, batch=batch)
+
+
+@torch.inference_mode()
+def measure_under(
+    applied: Callable[[], AbstractContextManager[Run]],
+    model: nn.Module,
+    windows: Windows,
+    *,
+    states: bool = False,
+    batch: int | None = None,
+) -> TextLoss:
+    """Measure the loss of a model inside a context that `sparing.apply` makes (see `text_loss`)."""
+    shape = anatomy_of(model).shape()
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    batch = batch or max(1, LOGIT_BYTES // (4 * windows.length * shape.vocabulary))
+    tokens, tables = [], []
+    spent, dense = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    kv = dense_kv = 0
+    with applied() as run:
+        for start in range(0, len(windows), batch):
+            part = windows.rows(slice(start, start + batch))
+            ids, valid = part.ids.to(device), part.valid.to(device)
+            mask = None if bool(part.valid.all()) else valid.long()
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            if not bool(torch.isfinite(logits[valid]).all()):
+                raise ValueError(explain_not_finite(model, part))
+            nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+            tokens.append((nats * valid[:, 1:]).cpu())
+            cost, full = run.ledger.cost(), run.ledger.dense_cost()
+            for name in PARTS:
+                spent[name] += cost.prefill.flops[name]
+                dense[name] += full.prefill.flops[name]
+            kv, dense_kv = kv + cost.kv_bytes, dense_kv + full.kv_bytes
+            if states:
+                tables.append(run.ledger.states())
+    nats = torch.cat(tokens)
+    predicted = windows.valid[:, 1:].sum(1)
+    return TextLoss(
+        tokens=nats,
+        windows=(nats.double().sum(1) / predicted.clamp(min=1)).float(),
+        predicted=predicted,
+        flops=spent,
+        dense_flops=dense,
+        kv_bytes=kv,
+        dense_kv_bytes=dense_kv,
+        states=torch.cat(tables, dim=2) if states else None,
+    )
+
+
+def check_finite(model: nn.Module, windows: Windows) -> None:
+    """Run one window through the stock model.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
+    """
+    text_loss(model, windows.rows(slice(0, 1)))
+
+
+@torch.inference_mode()
+def explain_not_finite(model: nn.Module, windows: Windows) -> str:
+    """Say why logits are not finite: broken weights, or the first layer whose result is not."""
+    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        return f"the weights contain NaN or infinite values: {', '.join(broken[:3])}{more}; the checkpoint is damaged, save it again"
+    anatomy = anatomy_of(model)
+    first: list[int] = []
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+
+    def watch(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            hidden = out[0] if isinstance(out, tuple) else out
+            if not bool(torch.isfinite(hidden[valid]).all()):
+                first.append(layer)
+
+        return hook
+
+    valid = windows.valid.to(device)
+    with contextlib.ExitStack() as stack:
+        for i, module in enumerate(anatomy.layers):
+            stack.callback(module.register_forward_hook(watch(i)).remove)
+        model(input_ids=windows.ids.to(device), attention_mask=valid.long(), use_cache=False)
+    where = f"first in layer {first[0]}" if first else "after the last layer"
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return f"the model's logits are NaN or infinite, {where}: {dtype} may be too narrow for it, try --dtype float32"

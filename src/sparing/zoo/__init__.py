@@ -1,0 +1,46 @@
+"""Small models that come with the package, so that everything can be tried offline.
+
+Each is an ordinary Hugging Face folder (`path(name)`), trained on a world of `sparing.worlds` by a recipe
+(`recipe(name)`) that anyone can run again: `sparing zoo train NAME`.
+"""
+
+from pathlib import Path
+
+from sparing.zoo.recipe import RECIPES, Recipe
+
+__all__ = ["Recipe", "names", "page", "path", "recipe"]
+
+_ROOM = Path(__file__).parent
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of the zoo's models."""
+    return tuple(RECIPES)
+
+
+def recipe(name: str) -> Recipe:
+    """Returns the recipe of a model.
+
+    Raises:
+        ValueError: the zoo has no such model.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"expected a model of the zoo ({', '.join(RECIPES)}), got {name!r}")
+    return RECIPES[name]
+
+
+def path(name: str) -> Path:
+    """Returns the folder of a model's shipped weights, for `from_pretrained` or `sparing.load`.
+
+    Raises:
+        ValueError: the zoo has no such model, or its weights are missing from this installation.
+    """
+    folder = _ROOM / "weights" / recipe(name).name
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"expected the weights of {name} in {folder}; train them: sparing zoo train {name}")
+    return folder
+
+
+def page(world: str = "arithmetic") -> str:
+    """Returns a page of text of a world, from its test split, to look at a model with."""
+    return (_ROOM / "pages" / f"{world}.txt").read_text(encoding="utf-8")
