@@ -1,5 +1,36 @@
-"""Annotations of sparing, tensor shapes included, are checked at every call while these tests run."""
+"""Fixtures that several test files share: tiny models, batches with padding, seeded policies of every kind."""
 
-from jaxtyping import install_import_hook
+import pytest
 
-install_import_hook("sparing", "beartype.beartype")
+import models
+from policy_cases import CASES
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """A 3-layer Llama with grouped-query attention."""
+    return models.llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_llava():
+    """A 4-layer LLaVA whose pictures are 3x3 tokens."""
+    return models.llava()
+
+
+@pytest.fixture
+def text_batch():
+    """`side -> inputs`: three rows of different lengths, padded `left` or `right`, or `none`."""
+    return models.text_batch
+
+
+@pytest.fixture
+def llava_batch():
+    """`side -> inputs`: two pictures, a picture first, one picture, text alone."""
+    return models.llava_batch
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def policy_case(request):
+    """Every policy, in every variant that is a method of its own."""
+    return request.param

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 import sparing
+from sparing.cli.demo import demo
+from sparing.cli.profile import profile
 from sparing.cli.zoo import zoo
 
 app = typer.Typer(
@@ -40,8 +42,7 @@ def options(
     """Declare the options before a command; `main` acts on `--debug`, its callback on `--version`."""
 
 
-# A command is a function:
-#     from sparing.cli.profile import profile
-#     app.command()(profile)
-# A family of commands is a typer app of its own:
+# A command is a function; a family of commands is a typer app of its own.
+app.command()(demo)
+app.command()(profile)
 app.add_typer(zoo, name="zoo")

@@ -62,7 +62,9 @@ class TokenKinds:
 
         def mask(tokens: TokenMap) -> Tensor:
             if self._ids is None or self._ids.shape != tokens.group.shape:
-                raise ValueError("token kinds are told from token ids: call the model with input_ids, inside kinds.watching()")
+                raise ValueError(
+                    "token kinds are told from token ids: call the model with input_ids, inside kinds.watching()"
+                )
             positions = tokens.position_ids if tokens.position_ids.ndim == 2 else tokens.position_ids[0]
             return self.of(self._ids, positions) == kind
 

@@ -144,7 +144,8 @@ def explain_not_finite(model: nn.Module, windows: Windows) -> str:
     broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        return f"the weights contain NaN or infinite values: {', '.join(broken[:3])}{more}; the checkpoint is damaged, save it again"
+        names = ", ".join(broken[:3]) + more
+        return f"the weights contain NaN or infinite values: {names}; the checkpoint is damaged, save it again"
     anatomy = anatomy_of(model)
     first: list[int] = []
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -161,7 +162,9 @@ def explain_not_finite(model: nn.Module, windows: Windows) -> str:
     with contextlib.ExitStack() as stack:
         for i, module in enumerate(anatomy.layers):
             stack.callback(module.register_forward_hook(watch(i)).remove)
-        model(input_ids=windows.ids.to(device), attention_mask=valid.long(), use_cache=False)
+        logits = model(input_ids=windows.ids.to(device), attention_mask=valid.long(), use_cache=False).logits
+    if bool(torch.isfinite(logits[valid]).all()):
+        return "logits are NaN or infinite under this plan, though not in the stock model: try --dtype float32"
     where = f"first in layer {first[0]}" if first else "after the last layer"
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return f"the model's logits are NaN or infinite, {where}: {dtype} may be too narrow for it, try --dtype float32"

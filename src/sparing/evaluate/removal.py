@@ -41,6 +41,15 @@ class Removal:
         """A kind of tokens enters at this layer."""
         return dataclasses.replace(self, entry=tuple(sorted({**dict(self.entry), kind: layer}.items())))
 
+    def put_back(self) -> list[Removal]:
+        """Every removal with one module, or one kind of tokens, less."""
+        found = [
+            dataclasses.replace(self, **{m: getattr(self, m) - {i}}) for m in MODULES for i in sorted(getattr(self, m))
+        ]
+        return found + [
+            dataclasses.replace(self, entry=tuple(e for e in self.entry if e != late)) for late in self.entry
+        ]
+
     def entry_of(self, kind: str) -> int:
         """The layer at which a kind enters; 0 if it is there from the start."""
         return dict(self.entry).get(kind, 0)

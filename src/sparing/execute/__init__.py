@@ -1,6 +1,7 @@
-"""Carry plans out: `dense` defines the meaning, `gathered` is fast; `apply` puts either under a model."""
+"""Carry plans out: `dense` defines the meaning, `gathered` is fast; `apply` puts either under a model, `check_policy` checks a policy."""
 
 from sparing.execute.apply import Run, apply
 from sparing.execute.cache import PlannedCache, RaggedLayer, RunState
+from sparing.execute.check import check_policy
 
-__all__ = ["PlannedCache", "RaggedLayer", "Run", "RunState", "apply"]
+__all__ = ["PlannedCache", "RaggedLayer", "Run", "RunState", "apply", "check_policy"]

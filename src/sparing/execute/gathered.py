@@ -37,7 +37,8 @@ class Gathered:
         for layer in range(len(self.anatomy.layers)):
             if keep_hidden:
                 hidden.append(x.clone())
-            layer_input = x
+            # Kept only for those who look back: it is a whole residual stream.
+            layer_input = x if looks_back else None
             plan = run.plan_attend(layer, x)
             _refuse_gate_gradients(plan.attend_weight)
             branch, rows = self._attention(run, layer, x, plan)
@@ -165,7 +166,8 @@ def _weighted(branch: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:
 def _refuse_gate_gradients(weight: Tensor | None) -> None:
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            'execute="gathered" cannot train gates: a skipped branch has no value to learn from; use execute="dense" to train routers'
+            'execute="gathered" cannot train gates: a skipped branch has no value to learn from; '
+            'use execute="dense" to train routers, and torch.no_grad() where nothing trains'
         )
 
 

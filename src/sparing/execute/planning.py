@@ -89,7 +89,7 @@ class Pass:
             plan = plan & policy.plan_attend(view)
         return self._restrict(plan, layer)
 
-    def plan_feed(self, layer: int, residual: Tensor, layer_input: Tensor, plan: LayerPlan) -> LayerPlan:
+    def plan_feed(self, layer: int, residual: Tensor, layer_input: Tensor | None, plan: LayerPlan) -> LayerPlan:
         """The same plan with its MLP decided, after attention; recorded in the ledger."""
         view: LayerView | None = None
         for policy, memory in self._deciding():
@@ -104,7 +104,7 @@ class Pass:
     def _deciding(self) -> list[tuple[Policy, dict[Any, Any]]]:
         """The policies that decide in this pass: one that is not causal has decided at prefill."""
         return [
-            (p, m) for p, m in zip(self.policies, self.state.memories, strict=True) if self.prefill or p.causal
+            (p, m) for p, m in zip(self.policies, self.state.memories, strict=True) if self.prefill or p.decodes
         ]
 
     def _restrict(self, plan: LayerPlan, layer: int) -> LayerPlan:
@@ -125,7 +125,12 @@ class Pass:
         if here is True and read is plan.read:
             return plan
         attend, feed, read = (self.meet(m, here) for m in (plan.attend, plan.feed, read))
-        return LayerPlan(attend, feed, read, plan.attend_weight, plan.feed_weight, plan.sees, plan.capacity)
+        # A weight must vanish wherever its branch is left out: `dense` multiplies by the weight alone.
+        weights = (
+            w * here.to(w.dtype) if w is not None and isinstance(here, Tensor) else w
+            for w in (plan.attend_weight, plan.feed_weight)
+        )
+        return LayerPlan(attend, feed, read, *weights, plan.sees, plan.capacity)
 
     def here(self, layer: int) -> Mask:
         """Which new tokens are neither padding nor dropped in this layer; `True` if all are."""
@@ -204,15 +209,18 @@ class Pass:
         everything, so that no softmax runs over nothing: the caller zeroes their result.
         """
 
-        def build() -> tuple[Tensor, Tensor]:
-            q, k = query.unsqueeze(2), key.unsqueeze(1)
-            may = (k <= q) & (k >= 0)
-            if sees is not None:
-                may = may & sees(q, k)
-            some = may.any(-1, keepdim=True)
-            return may | ~some, some
+        return self.memo(
+            ("visible", id(query), id(key), id(sees)), lambda: _visible(query, key, sees), query, key, sees
+        )
 
-        return self.memo(("visible", id(query), id(key), id(sees)), build, query, key, sees)
+
+def _visible(query: Tensor, key: Tensor, sees: Sees | None) -> tuple[Tensor, Tensor]:
+    q, k = query.unsqueeze(2), key.unsqueeze(1)
+    may = (k <= q) & (k >= 0)
+    if sees is not None:
+        may = may & sees(q, k)
+    some = may.any(-1, keepdim=True)
+    return may | ~some, some
 
 
 class LayerView(View):
@@ -223,7 +231,7 @@ class LayerView(View):
         run: Pass,
         layer: int,
         residual: Tensor,
-        layer_input: Tensor,
+        layer_input: Tensor | None,
         *,
         attended: bool,
         plan: LayerPlan | None = None,
@@ -234,6 +242,7 @@ class LayerView(View):
         self.shape: ModelShape = run.state.ledger.shape
         self.state: dict[Any, Any] = {}
         self._normed: Tensor | None = None
+        self._keys: tuple[Tensor, Tensor] | None = None
 
     @property
     def prefill(self) -> bool:
@@ -278,12 +287,17 @@ class LayerView(View):
         """Attention probabilities of chosen queries (see `View.scores`)."""
         run, anatomy, layer = self._run, self._run.anatomy, self.layer
         b, t = run.new.batch, run.new.length
-        normed = anatomy.attention_norm(layer)(self._input)
-        at = queries[..., None]
         cos, sin = run.cos.expand(b, -1, -1), run.sin.expand(b, -1, -1)
+        shape = self.shape.layers[layer]
+        if self._keys is None:
+            # Kept for further calls in this layer: those who rank by many queries ask in chunks.
+            normed = anatomy.attention_norm(layer)(self._input)
+            self._keys = normed, anatomy.rotate(anatomy.key(layer, normed), cos, sin).transpose(1, 2)
+            self.spend(b * t * shape.kv_flops // 2)
+        normed, k = self._keys
+        at = queries[..., None]
         q = anatomy.query(layer, normed.gather(1, at.expand(-1, -1, normed.shape[-1])))
         q = anatomy.rotate(q, cos.gather(1, at.expand(-1, -1, cos.shape[-1])), sin.gather(1, at.expand(-1, -1, sin.shape[-1])))
-        k = anatomy.rotate(anatomy.key(layer, normed), cos, sin).transpose(1, 2)
         index = torch.arange(run.start, run.start + t, device=k.device).expand(b, t)
         readable = run.alive(layer)
         cached = run.cached_keys(layer)
@@ -292,19 +306,19 @@ class LayerView(View):
             k, index = torch.cat([past, k], dim=2), torch.cat([past_index, index], dim=1)
             if past_readable is not None:
                 readable = torch.cat([readable[:, : run.start] & past_readable, readable[:, run.start :]], dim=1)
-        if self._plan is not None and isinstance(self._plan.read, Tensor):
+        if self._plan is not None and self._plan.read is not True:
             readable = torch.cat([readable[:, : run.start], readable[:, run.start :] & self._plan.read], dim=1)
         group = q.shape[2] // k.shape[1]
         q = q.transpose(1, 2).unflatten(1, (k.shape[1], group))
         logits = (q @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * anatomy.scaling(layer)
-        may, some = run.visible(queries + run.start, index, self._plan.sees if self._plan else None)
+        # Not through the pass's memo, which would keep a mask for every chunk of queries.
+        may, some = _visible(queries + run.start, index, self._plan.sees if self._plan else None)
         open_slot = readable.gather(1, index.clamp(min=0)) & (index >= 0)
         may = may & some & open_slot[:, None]
         logits = logits.float().masked_fill(~may[:, None], float("-inf"))
         weights = torch.nan_to_num(logits.softmax(-1)).to(normed.dtype)
-        shape = self.shape.layers[layer]
         n = b * queries.shape[1]
-        self.spend(n * shape.query_flops // 2 + b * t * shape.kv_flops // 2 + n * k.shape[2] * shape.pair_flops // 2)
+        self.spend(n * shape.query_flops // 2 + n * k.shape[2] * shape.pair_flops // 2)
         return _columns(weights, index, run.state.tokens.length, keys)
 
 

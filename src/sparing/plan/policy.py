@@ -101,12 +101,17 @@ class Policy(abc.ABC):
     """Decides what is computed. One paper, one file; an `nn.Module` too where it learns.
 
     A policy with `causal = False` looks at later tokens to decide about earlier ones: it decides at prefill and is not asked
-    again while decoding (what it hid stays hidden, new tokens run in full).
+    again while decoding (what it hid stays hidden, new tokens run in full), unless it overrides `decodes`.
     """
 
     causal: bool = True
     looks_back: bool = False
     """Whether `plan_feed` asks for this layer's `scores` (the executor then keeps the layer's input)."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is asked while decoding. Override where the rule for a decoded token is another one than at prefill."""
+        return self.causal
 
     def validate(self, shape: ModelShape) -> None:
         """Raise `ValueError` if this policy cannot apply to a model of this shape. Nothing to check by default."""

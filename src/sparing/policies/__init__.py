@@ -1,8 +1,25 @@
 """Who decides: one paper, one file."""
 
+from sparing.policies.d_llm import DLLM
 from sparing.policies.drop_tokens import DropTokens
 from sparing.policies.enter_late import EnterLate
+from sparing.policies.fast_v import FastV
+from sparing.policies.mod import MoD
+from sparing.policies.pyramid_drop import PyramidDrop
+from sparing.policies.skip_gpt import SkipGPT
 from sparing.policies.skip_modules import SkipModules
 from sparing.policies.vica import ViCA
+from sparing.policies.wait_k import WaitKMask
 
-__all__ = ["DropTokens", "EnterLate", "SkipModules", "ViCA"]
+__all__ = [
+    "DLLM",
+    "DropTokens",
+    "EnterLate",
+    "FastV",
+    "MoD",
+    "PyramidDrop",
+    "SkipGPT",
+    "SkipModules",
+    "ViCA",
+    "WaitKMask",
+]

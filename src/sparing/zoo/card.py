@@ -166,8 +166,9 @@ tags: [sparing, synthetic, arithmetic]
 
 # {recipe.name}
 
-{recipe.summary} It is small enough to be tried on any machine, and made to be taken apart: its twelve kinds of
-problem need different computations, so that removing one module hurts them differently.
+{recipe.summary}
+It is small enough to be tried on any machine, and made to be taken apart: its twelve kinds of problem
+need different computations, so that removing one module hurts them differently.
 
 ```
 {example.text.rstrip()}
@@ -175,25 +176,31 @@ problem need different computations, so that removing one module hurts them diff
 
 ## Model
 
-- {recipe.model_type}, {config["num_hidden_layers"]} layers, hidden size {config["hidden_size"]}, MLP {config["intermediate_size"]},
-  {config["num_attention_heads"]} attention heads, {config["num_key_value_heads"]} key-value heads, {config["max_position_embeddings"]} positions.
+- {recipe.model_type}, {config["num_hidden_layers"]} layers, hidden size {config["hidden_size"]},
+  MLP {config["intermediate_size"]}, {config["num_attention_heads"]} attention heads,
+  {config["num_key_value_heads"]} key-value heads, {config["max_position_embeddings"]} positions.
 - {figures.parameters:,} parameters in bf16, {figures.size:,} bytes.
-- The tokenizer knows the world's words; digits and other letters are one token each. Padding is on the left.
+- The tokenizer knows the world's words; digits and other letters are one token each.
+  Padding is on the left.
 - Generation ends with `<eos>` or with the end of the line.
 
 ## Data and training
 
-- Generated text (`sparing.worlds.arithmetic`), nothing else. Problems are split by a hash of what they are:
-  90% train, 5% validation, 5% test; a sum held out of one kind of problem is held out of `add`, `columns` and `story` alike.
-- {recipe.steps:,} steps of {recipe.batch * recipe.length:,} tokens, {recipe.steps * recipe.batch * recipe.length:,} tokens in all; seed {seed}.
-- AdamW, peak learning rate {recipe.lr:g}, {recipe.warmup} steps of warm-up, then cosine to zero; weight decay {recipe.weight_decay:g};
-  bf16 autocast over fp32 weights; tokens of questions weigh {recipe.prompt_weight:g} in the loss.
-- {figures.seconds / 60:.1f} minutes on {_machine(hardware)}; torch {torch.__version__}, transformers {transformers.__version__}.
+- Generated text (`sparing.worlds.arithmetic`), nothing else. Problems are split by a hash of what they
+  are: 90% train, 5% validation, 5% test. A sum that is held out is held out of `add`, `columns` and
+  `story` alike.
+- {recipe.steps:,} steps of {recipe.batch * recipe.length:,} tokens,
+  {recipe.steps * recipe.batch * recipe.length:,} tokens in all; seed {seed}.
+- AdamW, peak learning rate {recipe.lr:g}, {recipe.warmup} steps of warm-up, then cosine to zero; weight
+  decay {recipe.weight_decay:g}; bf16 autocast over fp32 weights; tokens of questions weigh
+  {recipe.prompt_weight:g} in the loss.
+- {figures.seconds / 60:.1f} minutes on {_machine(hardware)};
+  torch {torch.__version__}, transformers {transformers.__version__}.
 
 ## Figures
 
-Exact match of the final answer, greedy decoding, {per_task} test problems of each kind (seed {TEST_SEED}), with Wilson 95% intervals.
-Chance is the better of a random answer of the right form and the most frequent answer of these problems.
+Exact match of the final answer, greedy decoding, {per_task} test problems of each kind (seed
+{TEST_SEED}), with Wilson 95% intervals. Chance is the better of a random answer of the right form and the most frequent answer of these problems.
 The last column is the accuracy by difficulty (digits, items or steps).
 
 | task | accuracy | 95% interval | chance | by difficulty |

@@ -114,7 +114,7 @@ def train(
     """Trains the recipe, or goes on from the last whole checkpoint in `out`.
 
     Ctrl-C and SIGTERM end the run after the current step with a checkpoint. A run that was interrupted and
-    resumed gives the same losses, bit for bit, as one that was not (same machine, device and threads).
+    resumed gives the same weights, bit for bit, as one that was not (same machine, device and threads).
 
     Args:
         recipe: what to train.
@@ -161,7 +161,7 @@ def train(
         train_sampling_strategy="sequential",
         save_steps=checkpoint_every,
         save_total_limit=2,
-        logging_steps=min(20, recipe.steps // 4),
+        logging_steps=min(20, max(1, recipe.steps // 8)),
         report_to=[],
         remove_unused_columns=False,
         disable_tqdm=not bar,

@@ -1,0 +1,167 @@
+"""What the engine benchmarks share: models of a shape, hand-written oracles, interleaved timing, peak memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparing.plan import LayerPlan, Policy, View
+from sparing.tokens import Group, TokenMap
+
+
+def build(layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, dtype, device="cpu"):
+    """A Llama with random weights, in eval mode."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to_empty(device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1) if "norm" in name else weight.normal_(0, 0.02, generator=generator)
+    # Buffers were empty on the meta device: compute the rotary frequencies again.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model.eval()
+
+
+def picture_prompt(model, batch: int, visual: int = 576, text: int = 64) -> tuple[dict[str, Tensor], TokenMap]:
+    """Embeddings of a system prompt, one picture and a question, and what each token is."""
+    device, system = model.device, text // 3
+    group = torch.full((batch, visual + text), int(Group.TEXT), device=device)
+    group[:, :system] = int(Group.SYSTEM)
+    group[:, system : system + visual] = int(Group.IMAGE)
+    generator = torch.Generator(device).manual_seed(1)
+    embeds = torch.randn(*group.shape, model.config.hidden_size, generator=generator, device=device).to(model.dtype)
+    return {"inputs_embeds": embeds, "logits_to_keep": 1}, TokenMap.from_groups(group)
+
+
+def text_prompt(model, batch: int, length: int) -> dict[str, Tensor | int]:
+    """Random ids."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, model.config.vocab_size, (batch, length), generator=generator).to(model.device)
+    return {"input_ids": ids, "logits_to_keep": 1}
+
+
+class SkipAtRandom(Policy):
+    """Each token skips each module with a fixed probability, by masks that are drawn beforehand."""
+
+    def __init__(self, depth: int, batch: int, length: int, share: float, device) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.masks = [
+            [(torch.rand(batch, length, generator=generator) >= share).to(device) for _ in range(2)] for _ in range(depth)
+        ]
+
+    def plan_attend(self, view: View) -> LayerPlan:
+        """Keys and values stay dense, as in SkipGPT."""
+        attend, feed = self.masks[view.layer]
+        return LayerPlan(attend=attend, feed=feed)
+
+
+class ViCAOracle:
+    """ViCA's prefill by hand, on a model's own weights: text rows in every layer, visual keys and values in the reading ones."""
+
+    def __init__(self, model: LlamaForCausalLM, tokens: TokenMap, layers: list[int]) -> None:
+        self.model, self.reading = model, set(layers)
+        visual = (tokens.group[0] == Group.IMAGE).nonzero().flatten()
+        self.start, self.stop = int(visual[0]), int(visual[-1]) + 1
+        t = tokens.length
+        index = torch.arange(t, device=model.device)
+        self.text = torch.cat([index[: self.start], index[self.stop :]])
+        self.mask = index[None] <= self.text[:, None]
+        self.positions = index
+
+    def __call__(self, inputs_embeds: Tensor, logits_to_keep: int) -> Tensor:
+        """The last token's logits."""
+        model = self.model
+        config, decoder = model.config, model.model
+        heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        cos, sin = decoder.rotary_emb(inputs_embeds, self.positions[None])
+        cos_t, sin_t = cos[:, self.text], sin[:, self.text]
+        visual = inputs_embeds[:, self.start : self.stop]
+        x = torch.cat([inputs_embeds[:, : self.start], inputs_embeds[:, self.stop :]], 1)
+        b, n = x.shape[:2]
+        cut = self.start
+
+        def norm(y: Tensor, module) -> Tensor:
+            return F.rms_norm(y, (y.shape[-1],), module.weight, config.rms_norm_eps)
+
+        def turn(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+            return y * c.unsqueeze(1) + torch.cat((-y[..., dim // 2 :], y[..., : dim // 2]), -1) * s.unsqueeze(1)
+
+        for i, layer in enumerate(decoder.layers):
+            attention = layer.self_attn
+            h = norm(x, layer.input_layernorm)
+            q = turn(attention.q_proj(h).view(b, n, heads, dim).transpose(1, 2), cos_t, sin_t)
+            if i in self.reading:
+                v0 = norm(visual, layer.input_layernorm)
+                h = torch.cat([h[:, :cut], v0, h[:, cut:]], 1)
+                c, s, mask, causal = cos, sin, self.mask, False
+            else:
+                c, s, mask, causal = cos_t, sin_t, None, True
+            k = turn(attention.k_proj(h).view(b, -1, kv, dim).transpose(1, 2), c, s)
+            v = attention.v_proj(h).view(b, -1, kv, dim).transpose(1, 2)
+            if kv < heads and mask is not None and q.is_cuda:
+                k, v = k.repeat_interleave(heads // kv, 1), v.repeat_interleave(heads // kv, 1)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] < heads)
+            x = x + attention.o_proj(mixed.transpose(1, 2).reshape(b, n, -1))
+            x = x + layer.mlp(norm(x, layer.post_attention_layernorm))
+        return model.lm_head(norm(x[:, -1:], decoder.norm))
+
+
+def interleave(arms: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each arm, one after the other in every round, so that drifts of the machine hit all alike."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    with torch.no_grad():
+        for round_ in range(warm_up + rounds):
+            for name, arm in arms.items():
+                synchronize()
+                begin = time.perf_counter()
+                arm()
+                synchronize()
+                if round_ >= warm_up:
+                    seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
+    """Median over the rounds of one arm's time over another's."""
+    return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+
+
+def peak_bytes(arm: Callable[[], object]) -> int:
+    """The most memory allocated at once beyond what was there before, from the allocator's own events."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            out = arm()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del out
+        return peak
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as p:
+        out = arm()
+    del out
+    held = peak = 0
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
