@@ -10,6 +10,7 @@ Every figure is a median of ratios of arms that ran one after the other in the s
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -252,7 +253,7 @@ def finish(figures: dict[str, float], reach: dict, runs: dict, begin: float, opt
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         seconds = round(time.perf_counter() - begin, 1)
-        record = {"benchmark": Path(__file__).stem, "quick": options.quick, "seconds": seconds}
+        record = {"benchmark": Path(sys.argv[0]).stem, "quick": options.quick, "seconds": seconds}
         write_json(options.json, {**record, "figures": figures, "runs": runs, "date": time.strftime("%Y-%m-%d"), **environment()})
 
 
