@@ -63,7 +63,8 @@ class SkipAtRandom(Policy):
     def __init__(self, depth: int, batch: int, length: int, share: float, device) -> None:
         generator = torch.Generator().manual_seed(3)
         self.masks = [
-            [(torch.rand(batch, length, generator=generator) >= share).to(device) for _ in range(2)] for _ in range(depth)
+            [(torch.rand(batch, length, generator=generator) >= share).to(device) for _ in range(2)]
+            for _ in range(depth)
         ]
 
     def plan_attend(self, view: View) -> LayerPlan:
@@ -117,7 +118,9 @@ class ViCAOracle:
             v = attention.v_proj(h).view(b, -1, kv, dim).transpose(1, 2)
             if kv < heads and mask is not None and q.is_cuda:
                 k, v = k.repeat_interleave(heads // kv, 1), v.repeat_interleave(heads // kv, 1)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] < heads)
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] < heads
+            )
             x = x + attention.o_proj(mixed.transpose(1, 2).reshape(b, n, -1))
             x = x + layer.mlp(norm(x, layer.post_attention_layernorm))
         return model.lm_head(norm(x[:, -1:], decoder.norm))
@@ -156,7 +159,10 @@ def peak_bytes(arm: Callable[[], object]) -> int:
         peak = torch.cuda.max_memory_allocated() - before
         del out
         return peak
-    with torch.no_grad(), torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as p:
+    with (
+        torch.no_grad(),
+        torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as p,
+    ):
         out = arm()
     del out
     held = peak = 0

@@ -226,7 +226,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="bf16 and multi-head only, fewer rounds: under a minute")
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds of each timing at batch 1 (default 5 quick, 15 full)")
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="rounds of each timing at batch 1 (default 5 quick, 15 full)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -248,13 +250,18 @@ def finish(figures: dict[str, float], reach: dict, runs: dict, begin: float, opt
     """Print each figure with its reach and write the JSON."""
     for name, value in figures.items():
         sign, bound = reach.get(name, ("", None))
-        reached = "" if bound is None else ("ok" if (value <= bound if sign == "<=" else value >= bound) else "NOT REACHED")
+        reached = (
+            "" if bound is None else ("ok" if (value <= bound if sign == "<=" else value >= bound) else "NOT REACHED")
+        )
         print(f"{name:32} {value:10.4g}  {sign} {'' if bound is None else bound:<6} {reached}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         seconds = round(time.perf_counter() - begin, 1)
         record = {"benchmark": Path(sys.argv[0]).stem, "quick": options.quick, "seconds": seconds}
-        write_json(options.json, {**record, "figures": figures, "runs": runs, "date": time.strftime("%Y-%m-%d"), **environment()})
+        write_json(
+            options.json,
+            {**record, "figures": figures, "runs": runs, "date": time.strftime("%Y-%m-%d"), **environment()},
+        )
 
 
 if __name__ == "__main__":

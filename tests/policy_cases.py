@@ -28,7 +28,7 @@ class PolicyCase:
 
 
 def streamed(tokens):
-    """The second half of each row's tokens becomes target; segments of 1 to 3 tokens, numbered from 0 in both halves."""
+    """The second half of each row becomes target; segments of 1 to 3 tokens, numbered from 0 in both halves."""
     group, segment = tokens.group.clone(), torch.full_like(tokens.group, -1)
     for r, valid in enumerate(tokens.valid):
         where = valid.nonzero().flatten()

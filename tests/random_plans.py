@@ -16,11 +16,12 @@ class RandomPlans(Policy):
         sees: also hide single query-key pairs.
         whole: how likely a layer's mask is all or nothing instead.
         flip: `(layer, field, row, token)`, one entry to flip at prefill (for mutation tests).
+        promise: also promise a bound on the rows (`LayerPlan.capacity`).
     """
 
-    def __init__(self, seed, share=0.6, weights=True, frees=True, sees=True, whole=0.2, flip=None):
+    def __init__(self, seed, share=0.6, weights=True, frees=True, sees=True, whole=0.2, flip=None, promise=False):
         self.seed, self.share, self.weights, self.frees, self.sees = seed, share, weights, frees, sees
-        self.whole, self.flip = whole, flip
+        self.whole, self.flip, self.promise = whole, flip, promise
 
     def plan_attend(self, view: View) -> LayerPlan:
         """All that is decided before attention."""
@@ -57,7 +58,7 @@ class RandomPlans(Policy):
         weight = chance(b, t) * attend if self.weights else None
         salt = self.seed + 31 * view.layer
         sees = (lambda q, k: (q * 7 + k * 13 + salt) % 5 != 0) if self.sees and chance(1).item() < 0.5 else None
-        return LayerPlan(attend=attend, read=read, attend_weight=weight, sees=sees)
+        return LayerPlan(attend=attend, read=read, attend_weight=weight, sees=sees, capacity=self.bound(attend))
 
     def plan_feed(self, view: View) -> LayerPlan:
         """The MLP, after attention."""
@@ -67,4 +68,9 @@ class RandomPlans(Policy):
         feed = torch.rand(b, t, generator=generator) < self.share
         if self.flip and self.flip[:2] == (view.layer, "feed") and past == 0:
             feed[self.flip[2], self.flip[3]] ^= True
-        return LayerPlan(feed=feed, feed_weight=torch.rand(b, t, generator=generator) * feed if self.weights else None)
+        weight = torch.rand(b, t, generator=generator) * feed if self.weights else None
+        return LayerPlan(feed=feed, feed_weight=weight, capacity=self.bound(feed))
+
+    def bound(self, mask):
+        """The smallest true promise."""
+        return int(mask.sum(1).max()) if self.promise else None

@@ -161,6 +161,18 @@ def test_sound_policy_of_the_same_kind(tiny_llama, text_batch):
     check_policy(Broken, tiny_llama, text_batch("right"))
 
 
+class OneRow(Policy):
+    """Masks of one row stand for the whole batch."""
+
+    def plan_attend(self, view):
+        mask = ((torch.arange(view.tokens.length) + view.layer) % 3 != 0)[None, -view.new.length :]
+        return LayerPlan(attend=mask, feed=~mask, read=mask, feed_weight=0.5 * ~mask)
+
+
+def test_masks_of_one_row(tiny_llama, text_batch):
+    check_policy(OneRow, tiny_llama, text_batch("none"))
+
+
 def test_refusals(tiny_llama, text_batch):
     model = models.llama.__wrapped__().train()
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):

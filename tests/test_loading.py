@@ -63,9 +63,9 @@ def test_refuses_bad_paths(tmp_path, checkpoint):
 
 def test_refuses_unknown_models(tmp_path, checkpoint):
     """Encoders, other decoders, made-up types and remote code: known families are named."""
-    BertModel(BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=13)).save_pretrained(
-        tmp_path / "bert"
-    )
+    BertModel(
+        BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=13)
+    ).save_pretrained(tmp_path / "bert")
     refuses(tmp_path / "bert", "unknown model family 'bert'", "llama", "llava")
     other = GPT2LMHeadModel(GPT2Config(n_embd=12, n_layer=1, n_head=2, vocab_size=17))
     other.save_pretrained(tmp_path / "gpt2")

@@ -70,13 +70,14 @@ def test_identity(build, batch, execute, attention):
     share=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
     weights=st.booleans(),
     sees=st.booleans(),
+    promise=st.booleans(),
     attention=st.sampled_from(["sdpa", "sdpa", "eager"]),
 )
-def test_random_plans(seed, case, side, share, weights, sees, attention):
+def test_random_plans(seed, case, side, share, weights, sees, promise, attention):
     """Any plan: dense and gathered agree in prefill, in a cached chunk and in single steps, and count the same."""
     build, batch = CASES[case]
     model, inputs = build(attention), batch(side)
-    policy = RandomPlans(seed, share, weights, sees=sees)
+    policy = RandomPlans(seed, share, weights, sees=sees, promise=promise)
     extra = torch.randint(3, 90, (len(inputs["input_ids"]), 6), generator=torch.Generator().manual_seed(seed))
     dense, dense_ledger = decode(model, inputs, "dense", policy, extra)
     fast, fast_ledger = decode(model, inputs, "gathered", policy, extra)
@@ -95,7 +96,8 @@ def test_mutation_of_one_token(field, layer):
     model, inputs = llama("sdpa"), text_batch("left")
     row, token = 1, 9
     right, wrong = (
-        RandomPlans(3, 0.7, weights=False, sees=False, whole=0, flip=flip) for flip in (None, (layer, field, row, token))
+        RandomPlans(3, 0.7, weights=False, sees=False, whole=0, flip=flip)
+        for flip in (None, (layer, field, row, token))
     )
     with torch.no_grad():
         with sparing.apply(model, right, execute="dense"):
@@ -151,3 +153,38 @@ def test_gradients_reach_inputs_alike():
     for name in grads[0].keys() | grads[1].keys():
         a, b = (g.get(name, torch.zeros(())) for g in grads)
         assert (a - b).abs().max() <= 1e-4 * max(b.abs().max().item(), 1e-4), name
+
+
+class FixedMasks(sparing.Policy):
+    """Two masks a layer, drawn beforehand: deciding itself waits for nothing."""
+
+    def __init__(self, promise):
+        generator = torch.Generator().manual_seed(5)
+        self.masks = [torch.rand(2, 3, 17, generator=generator) < 0.6 for _ in range(3)]
+        self.bounds = [int(m.sum(-1).max()) for m in self.masks] if promise else [None] * 3
+
+    def plan_attend(self, view):
+        attend, feed = self.masks[view.layer]
+        return sparing.LayerPlan(attend=attend, feed=feed, capacity=self.bounds[view.layer])
+
+
+@pytest.mark.parametrize(("promise", "waits"), [(False, 6), (True, 0)])
+def test_waits_for_the_device(monkeypatch, promise, waits):
+    """At most one transfer to the host a decision; none with a promised capacity."""
+    seen = []
+    for name in ("tolist", "item", "__bool__", "__int__", "nonzero", "cpu"):
+        stock = getattr(torch.Tensor, name)
+
+        def counted(self, *args, _stock=stock, _name=name, **kwargs):
+            seen.append(_name)
+            return _stock(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    model, ids = llama(), text_batch("none")["input_ids"]
+    policy = FixedMasks(promise)
+    with torch.no_grad(), sparing.apply(model, policy):
+        tokens = sparing.TokenMap.from_inputs(model, {"input_ids": ids})
+    with torch.no_grad(), sparing.apply(model, policy, tokens=tokens):
+        seen.clear()
+        model.model(input_ids=ids)
+        assert len(seen) == waits, seen

@@ -62,9 +62,7 @@ def oracle_loss(model, ids):
         at = f"model.layers.{i}."
         if i not in ATTENTION:
             h = norm(x, w[at + "input_layernorm.weight"])
-            q, k, v = (
-                (h @ w[f"{at}self_attn.{n}_proj.weight"].T).view(1, t, -1, dim).transpose(1, 2) for n in "qkv"
-            )
+            q, k, v = ((h @ w[f"{at}self_attn.{n}_proj.weight"].T).view(1, t, -1, dim).transpose(1, 2) for n in "qkv")
             k, v = (y.repeat_interleave(heads // kv, 1) for y in (turn(k), v))
             score = turn(q) @ k.transpose(-1, -2) / dim**0.5
             score = score.masked_fill(torch.ones(t, t).triu(1).bool(), float("-inf"))

@@ -87,6 +87,14 @@ def test_interrupted_run_keeps_its_last_step(recipe, whole_run, tmp_path, monkey
     same_result(tmp_path, whole_run)
 
 
+def test_finished_run_is_not_run_again(recipe, whole_run):
+    steps, weights = losses(whole_run), load_file(whole_run / "final" / "model.safetensors")
+    train(recipe, whole_run, checkpoint_every=2, bar=False)
+    again = load_file(whole_run / "final" / "model.safetensors")
+    assert losses(whole_run) == steps
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
 def test_another_run_is_not_resumed_but_may_be_replaced(recipe, whole_run, tmp_path):
     train(recipe, tmp_path, seed=1, bar=False)
     assert losses(tmp_path) != losses(whole_run)

@@ -20,7 +20,7 @@ _HOMES = {
 }
 _ROOMS = ("tokens", "plan", "anatomy", "execute", "policies", "evaluate", "study", "worlds", "zoo")
 
-__all__ = [*_HOMES, *_ROOMS]  # noqa: PLE0604
+__all__ = [*_HOMES, *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:

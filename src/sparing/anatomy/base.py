@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from sparing.plan import LayerShape, ModelShape
 from sparing.tokens import Group, ImageSpan, TokenMap
 
+# torch types every attribute of a module as `Tensor | Module`; an adapter knows which modules it speaks of.
+HFModule = Any
+
 
 class Anatomy(abc.ABC):
     """Where the parts of a model are. One small subclass a family; everything else in the library works through it.
@@ -27,7 +30,7 @@ class Anatomy(abc.ABC):
     """`config.model_type` values that this adapter serves."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: HFModule = model
         self.config: Any = model.config
         self.text_config: Any = self.config.get_text_config()
         self.layers = self.decoder.layers[: self.text_config.num_hidden_layers]
@@ -36,35 +39,35 @@ class Anatomy(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> HFModule:
         """The module that embeds, runs the layers and applies the final norm."""
 
     @property
-    def lm_head(self) -> nn.Module:
+    def lm_head(self) -> HFModule:
         """The output matrix."""
         return self.model.get_output_embeddings()
 
-    def attention(self, layer: int) -> nn.Module:
+    def attention(self, layer: int) -> HFModule:
         """The attention module of a layer."""
         return self.layers[layer].self_attn
 
-    def attention_norm(self, layer: int) -> nn.Module:
+    def attention_norm(self, layer: int) -> HFModule:
         """The norm before attention."""
         return self.layers[layer].input_layernorm
 
-    def attention_end(self, layer: int) -> nn.Module:
+    def attention_end(self, layer: int) -> HFModule:
         """The module whose output is added to the residual as the attention branch (a post-norm, where there is one)."""
         return self.layers[layer].self_attn
 
-    def mlp(self, layer: int) -> nn.Module:
+    def mlp(self, layer: int) -> HFModule:
         """The MLP of a layer."""
         return self.layers[layer].mlp
 
-    def mlp_norm(self, layer: int) -> nn.Module:
+    def mlp_norm(self, layer: int) -> HFModule:
         """The norm before the MLP; its input is the residual after attention."""
         return self.layers[layer].post_attention_layernorm
 
-    def mlp_end(self, layer: int) -> nn.Module:
+    def mlp_end(self, layer: int) -> HFModule:
         """The module whose output is added to the residual as the MLP branch."""
         return self.layers[layer].mlp
 
@@ -89,7 +92,7 @@ class Anatomy(abc.ABC):
         """The output projection: `[... heads*head_dim]` -> `[... d]`."""
         return self.output_projection(layer)(mixed)
 
-    def output_projection(self, layer: int) -> nn.Module:
+    def output_projection(self, layer: int) -> HFModule:
         """The module of the output projection."""
         return self.attention(layer).o_proj
 
@@ -148,7 +151,7 @@ class Anatomy(abc.ABC):
         return 0
 
     @property
-    def vision_encoder(self) -> nn.Module | None:
+    def vision_encoder(self) -> HFModule | None:
         """The vision encoder, or `None`."""
         return None
 
@@ -164,9 +167,11 @@ class Anatomy(abc.ABC):
         """Build the `TokenMap` of a prompt (see `TokenMap.from_inputs`)."""
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if ids is None and embeds is None:
-            raise ValueError("inputs have neither input_ids nor inputs_embeds: pass what the tokenizer or processor returned")
-        b, t = ids.shape if ids is not None else embeds.shape[:2]
-        device = (ids if ids is not None else embeds).device
+            raise ValueError(
+                "inputs have neither input_ids nor inputs_embeds: pass what the tokenizer or processor returned"
+            )
+        first: Any = ids if ids is not None else embeds
+        (b, t), device = first.shape[:2], first.device
         group = torch.full((b, t), int(Group.TEXT), device=device)
         images: tuple[tuple[ImageSpan, ...], ...] = ((),) * b
         is_image = self.is_image_token(ids) if ids is not None else None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from sparing.anatomy.base import Anatomy
+from sparing.anatomy.base import Anatomy, HFModule
 
 
 class LlamaAnatomy(Anatomy):
@@ -13,6 +11,6 @@ class LlamaAnatomy(Anatomy):
     model_types = ("llama",)
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> HFModule:
         """`LlamaModel`."""
         return self.model.model

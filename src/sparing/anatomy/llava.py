@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparing.anatomy.base import Anatomy
+from sparing.anatomy.base import Anatomy, HFModule
 from sparing.tokens import ImageSpan
 
 
@@ -17,12 +17,12 @@ class LlavaAnatomy(Anatomy):
     model_types = ("llava",)
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> HFModule:
         """The language model inside."""
         return self.model.model.language_model
 
     @property
-    def vision_encoder(self) -> nn.Module:
+    def vision_encoder(self) -> HFModule:
         """The vision tower."""
         return self.model.model.vision_tower
 
@@ -60,7 +60,9 @@ class LlavaAnatomy(Anatomy):
             for i in range(0, len(where), size):
                 start, stop = where[i], where[i + size - 1] + 1
                 if stop - start != size:
-                    raise ValueError(f"row {r}: the image tokens from {start} on are interrupted by text after fewer than {size}")
+                    raise ValueError(
+                        f"row {r}: the image tokens from {start} on are interrupted by text after fewer than {size}"
+                    )
                 spans.append(ImageSpan(start, stop, self.grid))
             rows.append(tuple(spans))
         return tuple(rows)

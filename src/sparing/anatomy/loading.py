@@ -46,7 +46,7 @@ def load(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    auto = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+    auto: Any = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
     try:
         model, report = auto.from_pretrained(
             path,
@@ -63,10 +63,14 @@ def load(
         raise ValueError(f"{path}: cannot load the weights: {_first_line(error)}") from error
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not fit the config: {_first_line(error)}") from error
-    wrong = [f"{what.split('_')[0]} {name}" for what in ("missing_keys", "unexpected_keys") for name in sorted(report[what])]
+    wrong = [
+        f"{what.split('_')[0]} {name}" for what in ("missing_keys", "unexpected_keys") for name in sorted(report[what])
+    ]
     wrong += [f"{name} of another shape" for name in map(str, report.get("mismatched_keys", ()))]
     if wrong:
-        raise ValueError(f"{path}: the weights do not fit the config: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+        raise ValueError(
+            f"{path}: the weights do not fit the config: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
+        )
     anatomy_of(model)
     return model.to(device).eval(), _load_processor(path, text=text_only)
 

@@ -98,6 +98,7 @@ def measure_under(
     tokens, tables = [], []
     spent, dense = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     kv = dense_kv = 0
+    broken: Windows | None = None
     with applied() as run:
         for start in range(0, len(windows), batch):
             part = windows.rows(slice(start, start + batch))
@@ -105,7 +106,8 @@ def measure_under(
             mask = None if bool(part.valid.all()) else valid.long()
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             if not bool(torch.isfinite(logits[valid]).all()):
-                raise ValueError(explain_not_finite(model, part))
+                broken = part
+                break
             nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
             tokens.append((nats * valid[:, 1:]).cpu())
             cost, full = run.ledger.cost(), run.ledger.dense_cost()
@@ -115,6 +117,9 @@ def measure_under(
             kv, dense_kv = kv + cost.kv_bytes, dense_kv + full.kv_bytes
             if states:
                 tables.append(run.ledger.states())
+    if broken is not None:
+        # Outside the context, where the model's own layers run.
+        raise ValueError(explain_not_finite(model, broken))
     nats = torch.cat(tokens)
     predicted = windows.valid[:, 1:].sum(1)
     return TextLoss(

@@ -77,7 +77,9 @@ class Run:
         """Patch the decoder's forward."""
         decoder = self.anatomy.decoder
         if decoder in _applied:
-            raise ValueError("this model is already inside sparing.apply: give all policies to one apply (they combine with &)")
+            raise ValueError(
+                "this model is already inside sparing.apply: give all policies to one apply (they combine with &)"
+            )
         self._exit = contextlib.ExitStack()
         with self._exit as stack:
             _applied.add(decoder)

@@ -55,7 +55,9 @@ def _by_row(inputs: Mapping[str, Any], counts: list[int]) -> list[dict[str, Any]
         if name == "pixel_values" and grid is not None:
             sizes = [int(part.prod(-1).sum()) for part in grid.split(counts)]
         if sum(sizes) != len(value):
-            raise ValueError(f"{name} has {len(value)} entries for {sum(sizes)} in the text: build them with one processor call")
+            raise ValueError(
+                f"{name} has {len(value)} entries for {sum(sizes)} in the text: build them with one processor call"
+            )
         for row, part in zip(found, value.split(sizes), strict=True):
             row[name] = part
     return found

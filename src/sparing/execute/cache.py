@@ -232,6 +232,7 @@ class PlannedCache(DynamicCache):
             if isinstance(layer, RaggedLayer):
                 layer.select(rows, memo)
             elif isinstance(layer, DynamicLayer) and layer.get_seq_length():
+                assert layer.keys is not None
                 at = rows.to(layer.keys.device)
                 layer.keys, layer.values = layer.keys.index_select(0, at), layer.values.index_select(0, at)  # type: ignore[union-attr]
         self.state.select(rows)

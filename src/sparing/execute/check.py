@@ -31,16 +31,18 @@ def check_policy(
 ) -> None:
     """Check that a policy keeps the contract of `sparing.plan.Policy`.
 
-    Padding and batch invariance; the same result twice in eval mode; `dense` equals `gathered`; cached decoding equals one full
-    forward pass with the same decisions; a policy that says it is causal decides alike when later tokens are known; reordered
-    rows and beams; gradients reach what trains, and nothing else; the ledger's cost equals the rows that really went through
-    the model's matrices and the keys really stored; nothing is left on the model.
+    Padding and batch invariance; the same result twice in eval mode; `dense` equals `gathered`; cached decoding
+    equals one full forward pass with the same decisions; a policy that says it is causal decides alike when later
+    tokens are known; reordered rows and beams; gradients reach what trains, and nothing else; the ledger's cost
+    equals the rows that really went through the model's matrices and the keys really stored; nothing is left on the
+    model.
 
     Args:
         make: makes the policy, with the same weights each time if it has any. Policies may be composed.
         model: a Hugging Face model of a known family, in eval mode and fp32.
         inputs: what its processor returned, two rows or more (of different lengths, to see padding at work).
-        regroup: changes the map that is found (streaming groups and segments); called for each batch made of these rows.
+        regroup: changes the map that is found (streaming groups and segments); called for each batch made of these
+            rows.
         steps: how many tokens to decode.
         tolerance: largest difference of logits, relative to the largest logit.
 
@@ -119,7 +121,9 @@ def _check_same_twice(case: _Case) -> None:
     for execute in EXECUTORS:
         first = case.logits(batch, execute)
         case.logits(other, execute)
-        message = "two calls on the same inputs differ: evaluation must be deterministic, and remember no earlier prompt"
+        message = (
+            "two calls on the same inputs differ: evaluation must be deterministic, and remember no earlier prompt"
+        )
         _require(torch.equal(first, case.logits(batch, execute)), case, f"{message} ({execute})")
 
 
@@ -132,7 +136,7 @@ def _check_invariance(case: _Case) -> None:
                 batch = pad_rows(case.model, [case.rows[i] for i in order], side)
                 logits = case.logits(batch, execute)
                 for i, row, mask in zip(order, logits, batch["attention_mask"].bool(), strict=True):
-                    what = f"row {i} alone differs from the same row in a {side}-padded batch: decisions depend on padding or on other rows"
+                    what = f"row {i} alone differs from the same row in a {side}-padded batch: padding or other rows matter"
                     _require_close(row[mask], alone[i], case, f"{what} ({execute})")
 
 
@@ -164,7 +168,7 @@ def _decode(
     turn: Tensor | None = None,
     after_pass: Callable[[], None] | None = None,
 ) -> _Decoded:
-    """Feed a prompt, then one token at a time; `turn` reorders the rows after the prompt. Always runs the executor itself."""
+    """Feed a prompt, then one token at a time, never idle; `turn` reorders the rows after the prompt."""
     recorders = [Recorder(p) for p in case.policy.parts()]
     seen: dict[str, Tensor] = {}
     embeds, positions, logits = [], [], []
@@ -202,9 +206,7 @@ def _decode(
                         mask, position = mask[turn], position[turn]
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
                 known = {"position_ids": position + step} if "position_ids" in batch else {}
-                out = case.model(
-                    ids, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True, **known
-                )
+                out = case.model(ids, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True, **known)
     finally:
         for hook in hooks:
             hook.remove()
@@ -223,17 +225,15 @@ def _check_decoding(case: _Case) -> None:
     for side in SIDES:
         batch = pad_rows(case.model, case.rows, side)
         dense, fast = (_decode(case, batch, execute) for execute in EXECUTORS)
-        mask = torch.cat(
-            [batch["attention_mask"], batch["attention_mask"].new_ones(len(case.rows), case.steps)], dim=1
-        )
+        mask = torch.cat([batch["attention_mask"], batch["attention_mask"].new_ones(len(case.rows), case.steps)], dim=1)
         valid = mask.bool()
-        _require_close(fast.logits[valid], dense.logits[valid], case, f"gathered decoding differs from dense ({side} padding)")
+        _require_close(
+            fast.logits[valid], dense.logits[valid], case, f"gathered decoding differs from dense ({side} padding)"
+        )
         tokens = dense.cache.state.tokens
         replay = Replay(dense.run.ledger, dense.recorders)
         with torch.no_grad(), apply(case.model, replay, execute="dense", tokens=tokens):
-            full = case.model(
-                inputs_embeds=dense.embeds, attention_mask=mask, position_ids=dense.position_ids
-            ).logits
+            full = case.model(inputs_embeds=dense.embeds, attention_mask=mask, position_ids=dense.position_ids).logits
         what = f"cached decoding differs from one forward pass with the same decisions ({side} padding)"
         _require_close(dense.logits[valid], full[valid], case, what)
         if case.policy.causal:
@@ -291,7 +291,7 @@ def _check_beams(case: _Case) -> None:
 
 
 def _check_cost(case: _Case) -> None:
-    """Each row alone, where even a promised capacity leaves no slot empty."""
+    """Each row alone, where even a promised capacity leaves no slot empty, and all of them padded."""
     family = anatomy_of(case.model)
     counted: dict[str, list[list[int]]] = {}
     hooks = []
@@ -314,24 +314,25 @@ def _check_cost(case: _Case) -> None:
             if module is not None:
                 hooks.append(module.register_forward_pre_hook(count(name, layer)))
     try:
-        for i, row in enumerate(case.rows):
+        batches = {f"row {i}": row for i, row in enumerate(case.rows)}
+        for what, batch in {**batches, "the batch": pad_rows(case.model, case.rows, "left")}.items():
             counted.update({name: [[0] * depth] for name in watched})
 
             def next_pass() -> None:
                 for passes in counted.values():
                     passes.append([0] * depth)
 
-            decoded = _decode(case, row, "gathered", after_pass=next_pass)
-            _compare_cost(case, decoded, {name: passes[:-1] for name, passes in counted.items()}, i)
+            decoded = _decode(case, batch, "gathered", after_pass=next_pass)
+            _compare_cost(case, decoded, {name: passes[:-1] for name, passes in counted.items()}, what)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _compare_cost(case: _Case, decoded: _Decoded, counted: dict[str, list[list[int]]], row: int) -> None:
+def _compare_cost(case: _Case, decoded: _Decoded, counted: dict[str, list[list[int]]], where: str) -> None:
     ledger, cost = decoded.run.ledger, decoded.run.ledger.cost()
     shapes = ledger.shape.layers
-    bound = max((n for recorder in decoded.recorders for n in recorder.capacities), default=0)
+    bound = max((n for recorder in decoded.recorders for n in recorder.capacities), default=0) * ledger.passes[0].batch
     unit = {
         "attend": ("attention_projections", [s.query_flops for s in shapes]),
         "feed": ("mlp", [s.mlp_flops for s in shapes]),
@@ -349,27 +350,31 @@ def _compare_cost(case: _Case, decoded: _Decoded, counted: dict[str, list[list[i
             for layer, (want, got) in enumerate(zip(planned, layers, strict=True)):
                 # Within a promised capacity empty slots are computed too, where another policy took tokens away.
                 fits = want == got or want < got <= bound
-                what = f"row {row}, layer {layer}: the ledger counts {want} {name} rows, {got} went through the model"
+                what = f"{where}, layer {layer}: the ledger counts {want} {name} rows, {got} went through the model"
                 _require(fits, case, what)
             spent = sum(n * f for n, f in zip(planned, flops, strict=True))
-            _require(phase.flops[part] == spent, case, f"row {row}: {part} is {phase.flops[part]}, counted {spent}")
-            _require(phase.rows[name] == sum(planned), case, f"row {row}: {phase.rows[name]} {name} rows, counted {sum(planned)}")
+            _require(phase.flops[part] == spent, case, f"{where}: {part} is {phase.flops[part]}, counted {spent}")
+            _require(
+                phase.rows[name] == sum(planned),
+                case,
+                f"{where}: {phase.rows[name]} {name} rows, counted {sum(planned)}",
+            )
     pairs = sum(
         int((readable_pairs(ledger, layer) & ledger.attend(layer)[:, :, None]).sum()) * s.pair_flops
         for layer, s in enumerate(shapes)
     )
     scores = cost.flops["attention_scores"]
-    _require(scores == pairs, case, f"row {row}: attention_scores is {scores}, counted {pairs}")
+    _require(scores == pairs, case, f"{where}: attention_scores is {scores}, counted {pairs}")
     stored = sum(
         0 if layer.index is None else int((layer.index >= 0).sum()) * shape.kv_width
         for layer, shape in zip(decoded.cache.layers, shapes, strict=True)
     )
     stored *= ledger.shape.element_bytes
-    _require(cost.kv_bytes == stored, case, f"row {row}: kv_bytes is {cost.kv_bytes}, the cache holds {stored}")
+    _require(cost.kv_bytes == stored, case, f"{where}: kv_bytes is {cost.kv_bytes}, the cache holds {stored}")
 
 
 def _check_gradients(case: _Case) -> None:
-    """Parameters of the policy learn on dense, and a frozen model does not; without any, both executors give the same gradients."""
+    """A policy's parameters learn on dense, a frozen model does not; without any, both executors' gradients agree."""
     model = case.model
     batch = pad_rows(model, case.rows, "right")
     learned = [p for p in case.policy.parts() if isinstance(p, nn.Module) and list(p.parameters())]

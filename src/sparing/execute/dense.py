@@ -154,5 +154,5 @@ class Dense:
     @staticmethod
     def _as_tensor(run: Pass, mask: Mask) -> Tensor:
         if isinstance(mask, Tensor):
-            return mask
+            return mask.expand(run.new.batch, -1)
         return torch.full((run.new.batch, run.new.length), mask, device=run.device)

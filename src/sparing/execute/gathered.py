@@ -82,7 +82,7 @@ class Gathered:
             index = run.memo(("index", id(written)), lambda: _shifted(written.index, run.start), written)
         alone = stored is None or stored.keys is None
         if stored is not None:
-            if keys is not None and values is not None:
+            if keys is not None and values is not None and index is not None:
                 past, new = stored.index, index
                 if past is not None:
                     index = run.memo(("joined", id(past), id(new)), lambda: torch.cat([past, new], dim=1), past, new)
@@ -123,7 +123,7 @@ class Gathered:
         anatomy = self.anatomy
         module = anatomy.attention(layer)
         scaling = anatomy.scaling(layer)
-        dropout = module.attention_dropout if module.training else 0.0
+        dropout: float = module.attention_dropout if module.training else 0.0
         if anatomy.attention_backend == "eager":
             if causal:
                 q = torch.arange(query.shape[2], device=query.device)

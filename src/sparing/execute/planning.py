@@ -103,9 +103,7 @@ class Pass:
 
     def _deciding(self) -> list[tuple[Policy, dict[Any, Any]]]:
         """The policies that decide in this pass: one that is not causal has decided at prefill."""
-        return [
-            (p, m) for p, m in zip(self.policies, self.state.memories, strict=True) if self.prefill or p.decodes
-        ]
+        return [(p, m) for p, m in zip(self.policies, self.state.memories, strict=True) if self.prefill or p.decodes]
 
     def _restrict(self, plan: LayerPlan, layer: int) -> LayerPlan:
         """Take padding and dropped tokens out of a plan, and split what it says of cached tokens off (`freed`)."""
@@ -126,11 +124,11 @@ class Pass:
             return plan
         attend, feed, read = (self.meet(m, here) for m in (plan.attend, plan.feed, read))
         # A weight must vanish wherever its branch is left out: `dense` multiplies by the weight alone.
-        weights = (
+        attend_weight, feed_weight = (
             w * here.to(w.dtype) if w is not None and isinstance(here, Tensor) else w
             for w in (plan.attend_weight, plan.feed_weight)
         )
-        return LayerPlan(attend, feed, read, *weights, plan.sees, plan.capacity)
+        return LayerPlan(attend, feed, read, attend_weight, feed_weight, plan.sees, plan.capacity)
 
     def here(self, layer: int) -> Mask:
         """Which new tokens are neither padding nor dropped in this layer; `True` if all are."""
@@ -150,7 +148,9 @@ class Pass:
         """Drop tokens `[b T]` from `layer` on."""
         tokens = self.state.tokens
         if mask.shape != (tokens.batch, tokens.length):
-            raise ValueError(f"drop() got a mask of shape {tuple(mask.shape)}, expected {(tokens.batch, tokens.length)}")
+            raise ValueError(
+                f"drop() got a mask of shape {tuple(mask.shape)}, expected {(tokens.batch, tokens.length)}"
+            )
         if self.state.dropped_at is None:
             self.state.dropped_at = torch.full_like(tokens.group, self.state.depth)
         self.state.dropped_at = torch.where(mask, self.state.dropped_at.clamp(max=layer), self.state.dropped_at)
@@ -208,7 +208,6 @@ class Pass:
         query `[b q]` and key `[b k]` hold original indices, -1 in empty slots. Queries that may read nothing are let see
         everything, so that no softmax runs over nothing: the caller zeroes their result.
         """
-
         return self.memo(
             ("visible", id(query), id(key), id(sees)), lambda: _visible(query, key, sees), query, key, sees
         )
@@ -265,6 +264,7 @@ class LayerView(View):
             anatomy = self._run.anatomy
             norm = anatomy.mlp_norm(self.layer) if self._attended else anatomy.attention_norm(self.layer)
             self._normed = norm(self.residual)
+            assert self._normed is not None
         return self._normed
 
     def alive(self) -> Tensor:
@@ -297,7 +297,9 @@ class LayerView(View):
         normed, k = self._keys
         at = queries[..., None]
         q = anatomy.query(layer, normed.gather(1, at.expand(-1, -1, normed.shape[-1])))
-        q = anatomy.rotate(q, cos.gather(1, at.expand(-1, -1, cos.shape[-1])), sin.gather(1, at.expand(-1, -1, sin.shape[-1])))
+        q = anatomy.rotate(
+            q, cos.gather(1, at.expand(-1, -1, cos.shape[-1])), sin.gather(1, at.expand(-1, -1, sin.shape[-1]))
+        )
         index = torch.arange(run.start, run.start + t, device=k.device).expand(b, t)
         readable = run.alive(layer)
         cached = run.cached_keys(layer)
@@ -375,4 +377,3 @@ def new_tokens(anatomy: Anatomy, inputs: Mapping[str, Any], embeds: Tensor, stat
 def _no_segment(state: RunState, group: Tensor) -> Tensor | None:
     """Decoded tokens belong to no segment (-1), where the prompt has segments."""
     return None if state.tokens.segment is None else torch.full_like(group, -1)
-

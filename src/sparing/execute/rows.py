@@ -23,9 +23,7 @@ class Rows:
         capacity: a promised bound on the tokens a row; with it nothing waits for the device.
     """
 
-    def __init__(
-        self, mask: Mask, batch: int, length: int, device: torch.device, capacity: int | None = None
-    ) -> None:
+    def __init__(self, mask: Mask, batch: int, length: int, device: torch.device, capacity: int | None = None) -> None:
         self.batch, self.length = batch, length
         self.every = mask is True
         self.none = mask is False

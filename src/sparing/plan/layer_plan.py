@@ -93,10 +93,12 @@ def both(a: Mask, b: Mask, name: str = "mask") -> Mask:
         return a
     if a is False or b is False:
         return False
-    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    assert isinstance(a, Tensor)
+    assert isinstance(b, Tensor)
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(
-            f"two plans disagree on `{name}`: one speaks of {a.shape[-1]} tokens, the other of {b.shape[-1]}; give one entry for each new token"
+            f"two plans disagree on `{name}`: one speaks of {a.shape[-1]} tokens, the other of {b.shape[-1]}; "
+            "give one entry for each new token"
         )
     return a & b
 

@@ -205,7 +205,11 @@ def _zero() -> tuple[dict[str, int], dict[str, int]]:
 
 def _fill(mask: Mask, p: PassRecord) -> Bool[Tensor, "b t"]:
     """A record's mask as a tensor on the host, padding taken out."""
-    out = mask.cpu().expand(p.batch, p.length).clone() if isinstance(mask, Tensor) else torch.full((p.batch, p.length), mask)
+    out = (
+        mask.cpu().expand(p.batch, p.length).clone()
+        if isinstance(mask, Tensor)
+        else torch.full((p.batch, p.length), mask)
+    )
     return out & p.valid.cpu() if isinstance(p.valid, Tensor) else out
 
 
@@ -214,4 +218,5 @@ def _count(mask: Mask, p: PassRecord) -> int:
         return 0
     if mask is True:
         return int(p.valid.sum()) if isinstance(p.valid, Tensor) else p.batch * p.length
-    return int((mask & p.valid).sum()) if isinstance(p.valid, Tensor) else int(mask.sum())
+    # A mask may have one row for the whole batch.
+    return int((mask & p.valid).expand(p.batch, p.length).sum())

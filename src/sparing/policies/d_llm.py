@@ -1,4 +1,4 @@
-"""D-LLM: each token decides in every layer whether to run the whole layer; where it does not, it leaves no key behind."""
+"""D-LLM: each token decides in every layer whether to run the whole of it; where it does not, it leaves no key."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from sparing.policies.gates import (
 class DLLM(nn.Module, Policy):
     """One router a layer reads the residual stream, before its norm, and gates attention and MLP together.
 
-    In eval mode the choice is deterministic. In training mode gates are hard Gumbel-softmax samples with a straight-through
-    gradient: train on `execute="dense"`. Made in eval mode, like a loaded model.
+    In eval mode the choice is deterministic. In training mode gates are hard Gumbel-softmax samples with a
+    straight-through gradient: train on `execute="dense"`. Made in eval mode, like a loaded model.
 
     Args:
         hidden: width of the residual stream.
         depth: number of layers.
-        router: `mlp` (to `width`, RMSNorm, SiLU, to two logits; logit 1 executes) or `linear` (to two logits; logit 0 executes), as
-            in the two released codes.
+        router: `mlp` (to `width`, RMSNorm, SiLU, to two logits; logit 1 executes) or `linear` (to two logits; logit 0
+            executes), as in the two released codes.
         width: of the MLP router.
-        evict: a token that skips a layer leaves no key and value there; if not, both are computed and read all the same.
+        evict: a token that skips a layer leaves no key and value there; if not, both are computed and read all the
+            same.
         start_layer: layers before it always run, and have no router.
         reserve: the first so many tokens of each row (padding not counted) always run.
         threshold: in eval mode, execute where P(execute) reaches this; 0.5 is the argmax.
@@ -43,21 +44,23 @@ class DLLM(nn.Module, Policy):
 
     Attributes:
         temperature: of the Gumbel-softmax's gradient.
-        last_gates: in training mode, the mean gate of the latest pass by layer, padding, dropped and reserved tokens left
-            out; differentiable.
+        last_gates: in training mode, the mean gate of the latest pass by layer, padding, dropped and reserved tokens
+            left out; differentiable.
 
     Raises:
-        ValueError: an unknown router, a threshold outside 0..1, a `start_layer` that leaves none to route; (when applied)
-            a model of other sizes.
+        ValueError: an unknown router, a threshold outside 0..1, a `start_layer` that leaves none to route; (when
+            applied) a model of other sizes.
 
     Paper: D-LLM (NeurIPS 2024), "A Token Adaptive Computing Resource Allocation Strategy for Large Language Models".
-        Confirmed in its released code: the router's form and initial bias (it begins by executing), fp32 routing, the first 2
-        layers and the first 2 tokens always run, eviction by hiding a skipped token's key, deterministic inference at
-        P >= 0.5, Gumbel-softmax at temperature 1 in training. Not confirmed: the paper's own equations, which were not at hand.
-    Differs: in training the release also passes a gradient through the hidden keys (it hides them after the softmax and normalises
-        again, with 1e-6 in the sum) and gates the sum of both branches; here keys are hidden before the softmax without a
-        gradient, and each branch has the gate. Values agree. `preset="lrm-pruning"` is that repository's baseline of
-        the same name (2601.18091): linear router in every layer, no reserved tokens, no eviction, sampled in eval mode too.
+        Confirmed in its released code: the router's form and initial bias (it begins by executing), fp32 routing, the
+        first 2 layers and the first 2 tokens always run, eviction by hiding a skipped token's key, deterministic
+        inference at P >= 0.5, Gumbel-softmax at temperature 1 in training. Not confirmed: the paper's own equations,
+        which were not at hand.
+    Differs: in training the release also passes a gradient through the hidden keys (it hides them after the softmax
+        and normalises again, with 1e-6 in the sum) and gates the sum of both branches; here keys are hidden before
+        the softmax without a gradient, and each branch has the gate. Values agree. `preset="lrm-pruning"` is that
+        repository's baseline of the same name (2601.18091): linear router in every layer, no reserved tokens, no
+        eviction, sampled in eval mode too.
     """
 
     def __init__(
@@ -78,7 +81,9 @@ class DLLM(nn.Module, Policy):
         if router not in ("mlp", "linear"):
             raise ValueError(f'DLLM(router={router!r}): choose "mlp" (D-LLM) or "linear" (LRM-Pruning)')
         if not 0 <= start_layer < depth:
-            raise ValueError(f"DLLM(start_layer={start_layer}) leaves nothing to route: this model has layers 0..{depth - 1}")
+            raise ValueError(
+                f"DLLM(start_layer={start_layer}) leaves nothing to route: this model has layers 0..{depth - 1}"
+            )
         if reserve < 0:
             raise ValueError(f"DLLM(reserve={reserve}): give the number of first tokens that always run, 0 or more")
         check_probability(threshold, "DLLM(threshold)")
@@ -163,6 +168,6 @@ class DLLM(nn.Module, Policy):
     def __repr__(self) -> str:
         """As constructed."""
         return (
-            f"DLLM({self.hidden}, {self.depth}, router={self.router!r}, evict={self.evict}, start_layer={self.start_layer}, "
-            f"reserve={self.reserve}, threshold={self.threshold:g}, sample={self.sample})"
+            f"DLLM({self.hidden}, {self.depth}, router={self.router!r}, evict={self.evict}, "
+            f"start_layer={self.start_layer}, reserve={self.reserve}, threshold={self.threshold:g}, sample={self.sample})"
         )

@@ -44,7 +44,9 @@ class EnterLate(Policy):
         """Entry and exit must lie within the model (at its depth: never, or to the end)."""
         for name, layer in (("entry", self.entry), ("exit", self.exit or 0)):
             if layer > shape.depth:
-                raise ValueError(f"EnterLate({name}={layer}): layer {layer} does not exist; this model has layers 0..{shape.depth - 1}")
+                raise ValueError(
+                    f"EnterLate({name}={layer}): layer {layer} does not exist; this model has layers 0..{shape.depth - 1}"
+                )
 
     def idle(self, tokens: TokenMap) -> bool:
         """The group does not occur, or it is never away."""
@@ -72,5 +74,3 @@ class EnterLate(Policy):
         """As constructed."""
         what = "where=..." if self.where else f"groups={[g.name for g in self.groups]}"
         return f"EnterLate({self.entry}, {self.exit}, {what})"
-
-

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparing.plan import FULL, LayerPlan, ModelShape, Policy, View
-from sparing.policies.ranking import away_reason, beyond_best, last_of, share_of
+from sparing.policies.ranking import beyond_best, last_of, nothing_to_rank, share_of
 from sparing.tokens import Group, TokenMap
 
 
@@ -21,21 +21,24 @@ class FastV(Policy):
 
     Args:
         layer: first layer without the dropped tokens (the paper's K).
-        keep: share of the tokens that each row keeps; `keep` times its own count, to the nearest (the paper's R is `1 - keep`).
-        rank_by: `last`: the attention of the prompt's last token, averaged over heads; `all`: what a token received from all
-            later tokens, averaged over them and over heads.
+        keep: share of the tokens that each row keeps; `keep` times its own count, to the nearest (the paper's R is `1
+            - keep`).
+        rank_by: `last`: the attention of the prompt's last token, averaged over heads; `all`: what a token received
+            from all later tokens, averaged over them and over heads.
         groups: what is ranked; image tokens by default.
-        chunk: with `all`, how many queries are looked at together. Memory grows with `chunk * length`, never `length ** 2`.
+        chunk: with `all`, how many queries are looked at together. Memory grows with `chunk * length`, never `length
+            ** 2`.
 
     Raises:
-        ValueError: `layer` below 1 (nothing has been attended to yet) or not in the model, a share outside 0..1, an unknown
-            ranking.
+        ValueError: `layer` below 1 (nothing has been attended to yet) or not in the model, a share outside 0..1, an
+            unknown ranking.
 
     Paper: FastV (2403.06764), section 4.1: average attention received, K=2, R=50%; `rank_by="all"`.
-    Differs: the release ranks by the last token alone (`rank_by="last"`, the default here), takes an absolute number of tokens
-        between two fixed indices of the first row, and for `layer=0` drops at random, which is `DropTokens(groups=...)` here.
-        Its cache variant renumbers the positions of decoded tokens; positions stay here, as in its mask variant. The paper
-        does not say how "all other tokens" is normalised: here by the number of tokens that can see the ranked one.
+    Differs: the release ranks by the last token alone (`rank_by="last"`, the default here), takes an absolute number
+        of tokens between two fixed indices of the first row, and for `layer=0` drops at random, which is
+        `DropTokens(groups=...)` here. Its cache variant renumbers the positions of decoded tokens; positions stay
+        here, as in its mask variant. The paper does not say how "all other tokens" is normalised: here by the number
+        of tokens that can see the ranked one.
     """
 
     causal = False
@@ -52,7 +55,7 @@ class FastV(Policy):
     ) -> None:
         if layer < 1:
             raise ValueError(
-                f"FastV(layer={layer}): ranking looks at the layer before, so give layer >= 1 (before layer 0 use DropTokens)"
+                f"FastV(layer={layer}): ranking looks at the layer before, so give layer >= 1 (before it use DropTokens)"
             )
         if not 0 <= keep <= 1:
             raise ValueError(f"FastV(keep={keep}): the share to keep lies between 0 and 1")
@@ -112,7 +115,7 @@ class FastV(Policy):
 
     def conflict(self, other: Policy) -> str | None:
         """Nothing to rank in the ranking layer."""
-        return away_reason(other, self.layer - 1)
+        return nothing_to_rank(other, self.layer - 1, planned=True)
 
     def __repr__(self) -> str:
         """As constructed."""

@@ -15,9 +15,7 @@ def logits_of(router: nn.Module, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b 
         return router(x.to(next(router.parameters()).dtype)).float()
 
 
-def gumbel(
-    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
-) -> Float[Tensor, "..."]:
+def gumbel(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Float[Tensor, ...]:
     """Standard Gumbel noise in fp32, drawn where the generator lives."""
     noise = torch.empty(shape, device=device if generator is None else generator.device)
     noise.exponential_(generator=generator)
@@ -83,6 +81,6 @@ def check_sizes(owner: str, routers: tuple[int, int], model: tuple[int, int]) ->
     """Raise `ValueError` unless routers fit the model: (hidden, depth) of both."""
     if routers != model:
         raise ValueError(
-            f"{owner}: the routers are for {routers[1]} layers of width {routers[0]}, the model has {model[1]} of width {model[0]}: "
-            f"build them with {owner}.for_model(model)"
+            f"{owner}: the routers are for {routers[1]} layers of width {routers[0]}, "
+            f"the model has {model[1]} of width {model[0]}: build them with {owner}.for_model(model)"
         )

@@ -21,37 +21,37 @@ from sparing.policies.ranking import order_of, share_of
 class MoD(nn.Module, Policy):
     """A router scores every token from the residual stream, before its norm; the best k of a row run, times their score.
 
-    k is `max(1, int(capacity * n))`, n the tokens of the row that are neither padding nor dropped. The choice among a prompt's
-    tokens looks at all of them, so it is not causal; `decode` says what becomes of decoded tokens. Nothing here is random, and
-    training mode is eval mode: routers learn through the score. Train on `execute="dense"`.
+    k is `max(1, int(capacity * n))`, n the tokens of the row that are neither padding nor dropped. The choice among a
+    prompt's tokens looks at all of them, so it is not causal; `decode` says what becomes of decoded tokens. Nothing
+    here is random, and training mode is eval mode: routers learn through the score. Train on `execute="dense"`.
 
     Args:
         hidden: width of the residual stream.
         depth: number of layers.
         capacity: share of a row's tokens that runs.
-        route: `modules`: one router for attention and one for the MLP, both reading the layer's input, keys and values of all
-            tokens are read; `block`: one router a layer, and attention is among the chosen tokens alone (a token left out
-            leaves no key there).
+        route: `modules`: one router for attention and one for the MLP, both reading the layer's input, keys and
+            values of all tokens are read; `block`: one router a layer, and attention is among the chosen tokens alone
+            (a token left out leaves no key there).
         select: `topk`: exactly k; `above`: those that score strictly above the k-th (k - 1 of them; one if k is 1).
         layers: the routed layers; all but the first and the last if `None`.
         decode: `full`: every decoded token runs, times its score; `threshold`: where it scores at least the router's
             calibrated threshold (see `calibrating`); `prompt`: at least what the k-th token of its own prompt scored.
 
     Attributes:
-        thresholds: `[depth 2]`, for `decode="threshold"`: the score at which a decoded token runs, for attention (or the
-            block) and for the MLP. NaN until calibrated.
+        thresholds: `[depth 2]`, for `decode="threshold"`: the score at which a decoded token runs, for attention (or
+            the block) and for the MLP. NaN until calibrated.
 
     Raises:
-        ValueError: a capacity outside 0..1, an unknown choice, a routed layer that does not exist; (when applied) a model of
-            other sizes, or `decode="threshold"` without thresholds.
+        ValueError: a capacity outside 0..1, an unknown choice, a routed layer that does not exist; (when applied) a
+            model of other sizes, or `decode="threshold"` without thresholds.
 
-    Paper: Mixture-of-Depths (2404.02258), eq. 1, `preset="paper"`: blocks, exactly k, every second layer (from the paper as told by
-        others: it was not at hand).
-    Differs: the paper weights the sum of a block's two branches; here each branch has the weight, so the MLP reads x + r * attention.
-        Its decoding (a predictor trained beside the router) is not offered: `prompt` and `threshold` need no training.
-        `preset="release"` is `mod_twice` of LRM-Pruning (2601.18091): modules, strictly above. With a cache that code sees one
-        token at a time, so k is 1 and all decoded tokens run at nominally any capacity: `decode="full"`, its preset. It counts padding
-        in n, which is not done here.
+    Paper: Mixture-of-Depths (2404.02258), eq. 1, `preset="paper"`: blocks, exactly k, every second layer (from the
+        paper as told by others: it was not at hand).
+    Differs: the paper weights the sum of a block's two branches; here each branch has the weight, so the MLP reads x
+        + r * attention. Its decoding (a predictor trained beside the router) is not offered: `prompt` and `threshold`
+        need no training. `preset="release"` is `mod_twice` of LRM-Pruning (2601.18091): modules, strictly above. With
+        a cache that code sees one token at a time, so k is 1 and all decoded tokens run at nominally any capacity:
+        `decode="full"`, its preset. It counts padding in n, which is not done here.
     """
 
     causal = False
@@ -131,7 +131,9 @@ class MoD(nn.Module, Policy):
         try:
             yield
             if not self._seen:
-                raise ValueError("MoD.calibrating: no prompt has run inside; call the model under sparing.apply(model, policy)")
+                raise ValueError(
+                    "MoD.calibrating: no prompt has run inside; call the model under sparing.apply(model, policy)"
+                )
             for (layer, column), seen in self._seen.items():
                 self.thresholds[layer, column] = torch.cat(seen).mean()
         finally:
@@ -148,7 +150,9 @@ class MoD(nn.Module, Policy):
             router = self.routers[f"{view.layer}_{module}"]
             score = logits_of(router, view.residual).squeeze(-1)
             view.spend(b * t * matrix_flops(router))
-            chosen = self._among_prompt(view, column, score, alive) if view.prefill else self._decoded(view, column, score)
+            chosen = (
+                self._among_prompt(view, column, score, alive) if view.prefill else self._decoded(view, column, score)
+            )
             masks.append(True if chosen is None else chosen)
             weights.append(score if chosen is None else torch.where(chosen, score, 0))
         attend, feed = masks[0], masks[-1]
@@ -170,7 +174,7 @@ class MoD(nn.Module, Policy):
         place = order_of(score.detach(), alive)
         kth = score.detach().masked_fill((place != k - 1) | ~alive, float("-inf")).amax(1, keepdim=True)
         if self.decode == "prompt":
-            view.state[view.layer, column] = kth
+            view.state[f"{view.layer}_{column}"] = kth
         if self._seen is not None:
             self._seen.setdefault((view.layer, column), []).append(kth.flatten())
         if self.select == "topk":
@@ -181,12 +185,14 @@ class MoD(nn.Module, Policy):
         """Which decoded tokens run; `None` for all."""
         if self.decode == "full":
             return None
-        limit = self.thresholds[view.layer, column] if self.decode == "threshold" else view.state[view.layer, column]
+        limit = (
+            self.thresholds[view.layer, column] if self.decode == "threshold" else view.state[f"{view.layer}_{column}"]
+        )
         return score.detach() >= limit
 
     def __repr__(self) -> str:
         """As constructed."""
         return (
-            f"MoD({self.hidden}, {self.depth}, capacity={self.capacity:g}, route={self.route!r}, select={self.select!r}, "
-            f"layers={list(self.layers)}, decode={self.decode!r})"
+            f"MoD({self.hidden}, {self.depth}, capacity={self.capacity:g}, route={self.route!r}, "
+            f"select={self.select!r}, layers={list(self.layers)}, decode={self.decode!r})"
         )

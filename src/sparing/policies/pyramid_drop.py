@@ -6,16 +6,17 @@ from collections.abc import Iterable, Sequence
 
 from sparing.plan import FULL, LayerPlan, ModelShape, Policy, View
 from sparing.plan.policy import check_layers
-from sparing.policies.ranking import away_reason, beyond_best, last_of, share_of
+from sparing.policies.ranking import beyond_best, last_of, nothing_to_rank, share_of
 from sparing.tokens import Group, TokenMap
 
 
 class PyramidDrop(Policy):
     """At each stage layer, rank the tokens still alive by the last prompt token's attention and drop the low ones.
 
-    The ranking uses the stage layer's own norm and projections on its input, before its attention runs, and the drop takes
-    effect in that same layer. After stage s a row keeps `floor(count * keep_1 * ... * keep_s)` of the tokens that it had at
-    the first stage. The choice is made once, at prefill. Positions are kept. Text-only rows are untouched.
+    The ranking uses the stage layer's own norm and projections on its input, before its attention runs, and the drop
+    takes effect in that same layer. After stage s a row keeps `floor(count * keep_1 * ... * keep_s)` of the tokens
+    that it had at the first stage. The choice is made once, at prefill. Positions are kept. Text-only rows are
+    untouched.
 
     Args:
         layers: the stage layers, ascending.
@@ -26,8 +27,9 @@ class PyramidDrop(Policy):
         ValueError: layers that are not ascending or not in the model, a share outside 0..1, or not one share a stage.
 
     Paper: PyramidDrop (2410.17247): four stages of equal length, ratio 0.5.
-    Differs: the release renumbers positions after every stage, and keeps them here; it handles one picture a row and right padding
-        alone; in training it ranks by the tokens before each answer, here always by the last token of the prompt.
+    Differs: the release renumbers positions after every stage, and keeps them here; it handles one picture a row and
+        right padding alone; in training it ranks by the tokens before each answer, here always by the last token of
+        the prompt.
     """
 
     causal = False
@@ -45,7 +47,8 @@ class PyramidDrop(Policy):
         self.keep = (float(keep),) * len(self.layers) if isinstance(keep, int | float) else tuple(keep)
         if len(self.keep) != len(self.layers):
             raise ValueError(
-                f"PyramidDrop(keep={list(self.keep)}) has {len(self.keep)} shares for {len(self.layers)} stages: give one a stage"
+                f"PyramidDrop(keep={list(self.keep)}) has {len(self.keep)} shares for {len(self.layers)} stages: "
+                "give one a stage"
             )
         if not all(0 <= share <= 1 for share in self.keep):
             raise ValueError(f"PyramidDrop(keep={list(self.keep)}): shares to keep lie between 0 and 1")
@@ -75,7 +78,8 @@ class PyramidDrop(Policy):
 
     def conflict(self, other: Policy) -> str | None:
         """Nothing to rank at a stage."""
-        return next((reason for layer in self.layers if (reason := away_reason(other, layer))), None)
+        reasons = (nothing_to_rank(other, layer, planned=False) for layer in self.layers)
+        return next((reason for reason in reasons if reason), None)
 
     def __repr__(self) -> str:
         """As constructed."""

@@ -19,9 +19,7 @@ def order_of(scores: Float[Tensor, "b t"], candidates: Bool[Tensor, "b t"]) -> T
     return order.argsort(dim=1)
 
 
-def beyond_best(
-    scores: Float[Tensor, "b t"], candidates: Bool[Tensor, "b t"], count: Tensor
-) -> Bool[Tensor, "b t"]:
+def beyond_best(scores: Float[Tensor, "b t"], candidates: Bool[Tensor, "b t"], count: Tensor) -> Bool[Tensor, "b t"]:
     """The candidates that are not among the best `count` `[b]` of their row."""
     return candidates & (order_of(scores, candidates) >= count.unsqueeze(1))
 
@@ -32,9 +30,16 @@ def share_of(mask: Bool[Tensor, "b t"], share: float, *, nearest: bool = False) 
     return (mask.sum(1).double() * share + (0.5 if nearest else 0.0) + 1e-9).floor().long()
 
 
-def away_reason(other: Policy, layer: int) -> str | None:
-    """Why a ranking in `layer` would find nothing to rank under `other`; `None` if it would not."""
-    never = getattr(other, "never", None)
+def nothing_to_rank(other: Policy, layer: int, *, planned: bool) -> str | None:
+    """Why a ranking by attention in `layer` would find nothing under `other`; `None` if it would.
+
+    With `planned` the ranking sees what that layer's plan lets be read, without it the attention that would be.
+    """
+    never, unread = getattr(other, "never", None), getattr(other, "unread", None)
     if never is not None and never(layer):
-        return f"it ranks tokens in layer {layer}, where they are away; rank in a layer that reads them"
+        return f"it ranks tokens in layer {layer}, where they are away; rank in a layer that computes them"
+    if planned and unread is not None and unread(layer):
+        return (
+            f"it ranks tokens by attention in layer {layer}, where they are not read; rank in a layer that reads them"
+        )
     return None

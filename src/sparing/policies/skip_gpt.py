@@ -25,33 +25,34 @@ from sparing.policies.gates import (
 class SkipGPT(nn.Module, Policy):
     """Two routers a layer read the residual stream, before its norm; logit 0 executes, logit 1 skips.
 
-    A token that skips attention keeps its residual; its key and value are computed and read all the same, in prefill and in
-    decode. In eval mode the choice is deterministic. In training mode gates are hard Gumbel-softmax samples with a
-    straight-through gradient, as weights on both branches: train on `execute="dense"`. Made in eval mode, like a loaded model.
+    A token that skips attention keeps its residual; its key and value are computed and read all the same, in prefill
+    and in decode. In eval mode the choice is deterministic. In training mode gates are hard Gumbel-softmax samples
+    with a straight-through gradient, as weights on both branches: train on `execute="dense"`. Made in eval mode, like
+    a loaded model.
 
     Args:
         hidden: width of the residual stream.
         depth: number of layers.
         router: `linear` (one matrix to two logits) or `mlp` (to a quarter of the width, ReLU, to two logits).
-        feed_reads: what the MLP's router sees: `input`, the layer's input, so that both decisions fall before attention; or
-            `residual`, the stream after attention.
+        feed_reads: what the MLP's router sees: `input`, the layer's input, so that both decisions fall before
+            attention; or `residual`, the stream after attention.
         threshold: in eval mode, execute where P(execute) reaches this; 0.5 is the argmax.
         sample: in eval mode too, draw the gates at random (with `threshold` unused).
         generator: of all noise; the global one if `None`.
 
     Attributes:
         temperature: of the Gumbel-softmax's gradient; the paper anneals it from 5 to 1 in training.
-        last_gates: in training mode, the mean gate of the latest pass by (layer, "attend" | "feed"), padding and dropped
-            tokens left out; differentiable. In eval mode the run's ledger has it.
+        last_gates: in training mode, the mean gate of the latest pass by (layer, "attend" | "feed"), padding and
+            dropped tokens left out; differentiable. In eval mode the run's ledger has it.
 
     Raises:
         ValueError: an unknown router or input, a threshold outside 0..1; (when applied) a model of other sizes.
 
     Paper: SkipGPT (2506.04179): `router="linear"`, r = W^T x; the gate multiplies the branch.
-    Differs: the release has `router="mlp"` (its state dict does not fit the paper's router), and it samples in eval mode too, so its
-        inference is random; `preset="release"` does both. It casts logits to the model's dtype, here they stay fp32; it averages
-        gates over padding too; its temperature is a per-layer counter, here an attribute. `feed_reads="residual"` is
-        a successor's (WIDE).
+    Differs: the release has `router="mlp"` (its state dict does not fit the paper's router), and it samples in eval
+        mode too, so its inference is random; `preset="release"` does both. It casts logits to the model's dtype, here
+        they stay fp32; it averages gates over padding too; its temperature is a per-layer counter, here an attribute.
+        `feed_reads="residual"` is a successor's (WIDE).
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class SkipGPT(nn.Module, Policy):
         return LayerPlan(feed=feed, feed_weight=feed_weight)
 
     def mean_gate(self) -> Float[Tensor, ""]:
-        """The share of modules that the latest training pass executed, over layers and both modules: for a sparsity loss.
+        """The share of modules that the latest training pass executed, over layers: for a sparsity loss.
 
         Raises:
             ValueError: no pass has run in training mode.

@@ -55,6 +55,10 @@ class SkipModules(Policy):
         others = view.shared("skip_modules", lambda: ~view.new.of(*self.groups), self)
         return LayerPlan(attend=others if no_attention else True, feed=others if no_mlp else True)
 
+    def unread(self, layer: int) -> bool:
+        """Whether no token is read in a layer."""
+        return self.groups is None and layer in self.attention
+
     def __repr__(self) -> str:
         """As constructed."""
         groups = "" if self.groups is None else f", groups={[g.name for g in self.groups]}"

@@ -29,14 +29,14 @@ class ViCA(Policy):
         visual ones in two layers of the 13B (bottom-right alignment); that bug is not offered.
     """
 
-    def __init__(
-        self, layers: Iterable[int], prefix: str | int = "update", *, blind: bool = False
-    ) -> None:
+    def __init__(self, layers: Iterable[int], prefix: str | int = "update", *, blind: bool = False) -> None:
         self.layers = tuple(layers)
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"ViCA(layers={list(self.layers)}): a layer is named twice")
         if not (isinstance(prefix, int) or prefix in ("update", "freeze")):
-            raise ValueError(f'ViCA(prefix={prefix!r}): choose "update", "freeze" or the last layer that updates the prefix')
+            raise ValueError(
+                f'ViCA(prefix={prefix!r}): choose "update", "freeze" or the last layer that updates the prefix'
+            )
         self.prefix, self.blind = prefix, blind
 
     def validate(self, shape: ModelShape) -> None:
@@ -69,6 +69,10 @@ class ViCA(Policy):
         """Whether the system tokens' attention is left out in a layer."""
         return self.prefix == "freeze" or (isinstance(self.prefix, int) and layer > self.prefix)
 
+    def unread(self, layer: int) -> bool:
+        """Whether no token reads the picture in a layer."""
+        return layer not in self.layers
+
     def conflict(self, other: Policy) -> str | None:
         """Two ViCAs of different layers, or nothing left to read."""
         if isinstance(other, ViCA) and set(other.layers) != set(self.layers):
@@ -81,5 +85,3 @@ class ViCA(Policy):
     def __repr__(self) -> str:
         """As constructed."""
         return f"ViCA({list(self.layers)}, prefix={self.prefix!r})"
-
-

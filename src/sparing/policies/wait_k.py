@@ -14,23 +14,25 @@ from sparing.tokens import Group, TokenMap
 class WaitKMask(Policy):
     """Hide from each target token the source that would not have been read yet.
 
-    Segments number the words from 0 in both groups: source segment 0 is the prompt if it belongs to the source, target segment 0
-    the header. A token that predicts a token of target segment i sees the source segments before k + i; the last target
-    token of a map counts as predicting its own segment. Source tokens see no target token. Tokens of other groups are
-    seen, and see, as causality has it. Nothing is skipped: this plan is about who reads whom.
+    Segments number the words from 0 in both groups: source segment 0 is the prompt if it belongs to the source,
+    target segment 0 the header. A token that predicts a token of target segment i sees the source segments before k +
+    i; the last target token of a map counts as predicting its own segment. Source tokens see no target token. Tokens
+    of other groups are seen, and see, as causality has it. Nothing is skipped: this plan is about who reads whom.
 
     Args:
         k: how many source segments are read before target segment 0.
-        tokens: the map of the whole stream, where it is known beyond the prompt (target words that are fed one by one through the
-            cache). Without it, and beyond its end, a decoded token sees all of the source that has come.
+        tokens: the map of the whole stream, where it is known beyond the prompt (target words that are fed one by one
+            through the cache). Without it, and beyond its end, a decoded token sees all of the source that has come.
 
     Raises:
         ValueError: k below 1; (on a prompt) source and target without segments, or a map for another batch.
 
-    Paper: group position encoding (2505.16983): target segment i sees the first `min(k + i, n)` source segments; its release shifts
-        this block up by one row, so that the token that predicts a word already has that word's source.
-    Differs: the release's shift also moves the first target row's source over the last source row; source rows stay causal
-        here. Its start-up at inference sees one source segment more than in training; that mismatch is not offered.
+    Paper: group position encoding (2505.16983): target segment i sees the first `min(k + i, n)` source segments; its
+        release shifts this block up by one row, so that the token that predicts a word already has that word's
+        source.
+    Differs: the release's shift also moves the first target row's source over the last source row; source rows stay
+        causal here. Its start-up at inference sees one source segment more than in training; that mismatch is not
+        offered.
     """
 
     def __init__(self, k: int, *, tokens: TokenMap | None = None) -> None:
@@ -62,8 +64,8 @@ class WaitKMask(Policy):
             raise ValueError("WaitKMask needs the segment of every source and target token: give TokenMap.segment")
         if tokens.batch not in (1, seen.batch):
             raise ValueError(
-                f"WaitKMask(tokens=...) describes {tokens.batch} rows, this batch has {seen.batch}; beams cannot reorder it: "
-                "give a map of one row, or of this batch"
+                f"WaitKMask(tokens=...) describes {tokens.batch} rows, this batch has {seen.batch}, "
+                "and beams cannot reorder it: give a map of one row, or of this batch"
             )
         never = torch.iinfo(tokens.segment.dtype).max
         source = torch.where(tokens.group == Group.SOURCE, tokens.segment, -1)

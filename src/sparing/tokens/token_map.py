@@ -185,7 +185,9 @@ class TokenMap:
 
 
 def _no_reader(model: Any, inputs: Any) -> TokenMap:
-    raise ValueError("no model family is known: import sparing.anatomy (importing sparing.TokenMap does) before from_inputs")
+    raise ValueError(
+        "no model family is known: import sparing.anatomy (importing sparing.TokenMap does) before from_inputs"
+    )
 
 
 _reader: Callable[[Any, Any], TokenMap] = _no_reader

@@ -1,0 +1,182 @@
+"""`sparing profile` and `sparing demo`: what they write, what they refuse, and that nothing is left half written."""
+
+import dataclasses
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import profile_cases as cases
+from sparing import zoo
+from sparing.cli import main
+from sparing.evaluate import Settings
+from sparing.evaluate.windows import READ_LIMIT, read_text
+from sparing.study import render
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return cases.checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "page.txt"
+    path.write_text(cases.text(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def short_timing(monkeypatch):
+    """Timing is the slow part of a tiny model's profile."""
+    quick = Settings.quick
+    monkeypatch.setattr(Settings, "quick", lambda self: dataclasses.replace(quick(self), repeats=1, steps=2))
+
+
+def words(*more):
+    return [str(word) for word in more]
+
+
+def test_a_quick_run_writes_a_record_and_a_report_and_resumes(checkpoint, text, tmp_path, capsys, short_timing):
+    command = words("profile", checkpoint, "--text", text, "--quick", "--out", tmp_path, "--window", 24, "--seed", 5)
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "The plan " in printed
+    assert "report.html" in printed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["measurements.jsonl", "report.html", "run.json"]
+    run = json.loads((tmp_path / "run.json").read_text())
+    figures = run["figures"]
+    assert (run["status"], run["seed"], run["config"]["quick"], run["config"]["budget"]) == ("finished", 5, True, 0.6)
+    assert figures["planned"]["flops_ratio"] <= 0.6
+    assert figures["measured"] == len((tmp_path / "measurements.jsonl").read_text().splitlines())
+    assert figures["text"]["file"] == str(text)
+    assert [t["batch"] for t in figures["timings"]] == [1, 8]
+    # The record alone is enough for the report.
+    assert "sparing profile" in render(figures, run)
+    assert main(command) == 0
+    again = json.loads((tmp_path / "run.json").read_text())
+    assert again["figures"]["measured"] == 0
+    assert again["figures"]["planned"] == figures["planned"]
+    assert len(again["earlier"]) == 1
+
+
+def test_gzipped_text_is_the_same_text(text, tmp_path):
+    packed = tmp_path / "page.gz"
+    packed.write_bytes(gzip.compress(text.read_bytes()))
+    assert read_text(packed) == read_text(text)
+
+
+def test_only_the_beginning_of_a_huge_text_is_read(tmp_path):
+    path = tmp_path / "huge.txt"
+    # Two bytes a character after a single one: the limit falls into the middle of one.
+    path.write_text("a" + "é" * (READ_LIMIT // 2 + 10), encoding="utf-8")
+    assert read_text(path) == "a" + "é" * (READ_LIMIT // 2 - 1)
+
+
+def damaged(checkpoint, folder, how):
+    shutil.copytree(checkpoint, folder)
+    weights = folder / "model.safetensors"
+    if how == "corrupt":
+        weights.write_bytes(weights.read_bytes()[:4000])
+    elif how == "nan":
+        tensors = load_file(weights)
+        tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = torch.nan
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "no tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": how}))
+    return folder
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+BAD = {
+    "no such model": (lambda c, d: ("/nowhere/model",), "no such path: /nowhere/model"),
+    "no config": (lambda c, d: (damaged(c, d / "m", "no config"),), "no config.json"),
+    "encoder only": (lambda c, d: (damaged(c, d / "m", "bert"),), "unknown model family 'bert'; known families: llama"),
+    "no tokenizer": (lambda c, d: (damaged(c, d / "m", "no tokenizer"),), "no tokenizer: save it there"),
+    "corrupt": (lambda c, d: (damaged(c, d / "m", "corrupt"),), "weights are corrupt"),
+    "nan": (
+        lambda c, d: (damaged(c, d / "m", "nan"),),
+        "weights contain NaN or infinite values: model.layers.2.mlp.down_proj",
+    ),
+    "no text": (lambda c, d: (c, "--text", d / "none.txt"), "does not exist: name a UTF-8 text file"),
+    "folder": (lambda c, d: (c, "--text", d), "is a folder: name a UTF-8 text file"),
+    "empty": (lambda c, d: (c, "--text", write(d / "e.txt", b" \n")), "is empty: give a text with at least 128 tokens"),
+    "short": (lambda c, d: (c, "--text", write(d / "s.txt", b" cat")), "too short: it has 1 tokens"),
+    "latin": (
+        lambda c, d: (c, "--text", write(d / "l.txt", b"caf\xe9 " * 99)),
+        "not UTF-8 (byte 3 is 0xe9): convert it",
+    ),
+    "half a gzip": (
+        lambda c, d: (c, "--text", write(d / "g.gz", gzip.compress(b"abc" * 99)[:20])),
+        "not a whole gzip file",
+    ),
+    "no gzip": (lambda c, d: (c, "--text", write(d / "g.gz", b"plain")), "not a whole gzip file"),
+    "budget 0": (lambda c, d: (c, "--budget", 0), "give a number above 0 and up to 1"),
+    "budget 2": (lambda c, d: (c, "--budget", 2), "give a number above 0 and up to 1"),
+    "budget too low": (
+        lambda c, d: (c, "--budget", 0.01),
+        "cannot be reached: the output matrix (lm_head) alone takes",
+    ),
+    "out is in a file": (lambda c, d: (c, "--out", write(d / "f", b"") / "x"), "is a file; name a folder"),
+    "unknown device": (lambda c, d: (c, "--device", "tpu9"), "--device tpu9 is not available here"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_earlier_results_whole(case, checkpoint, text, tmp_path, capsys):
+    build, message = BAD[case]
+    out = tmp_path / "out"
+    out.mkdir()
+    earlier = {name: write(out / name, name.encode()) for name in ("run.json", "report.html")}
+    given = build(checkpoint, tmp_path)
+    command = words("profile", *given)
+    for option, value in (("--text", text), ("--out", out)):
+        if option not in command:
+            command += words(option, value)
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert sorted(p.name for p in out.iterdir()) == sorted(earlier)
+    assert all(path.read_text() == name for name, path in earlier.items())
+
+
+def test_a_missing_text_option_names_itself():
+    run = subprocess.run(
+        [sys.executable, "-c", "import sys; from sparing.cli import main; sys.exit(main(['profile', 'x']))"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 2
+    assert "--text" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_the_demo_profiles_the_model_of_the_zoo(tmp_path, capsys, short_timing):
+    try:
+        zoo.path("arithmetic-llama")
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "run.json").read_text())["figures"]
+    assert figures["planned"]["flops_ratio"] <= 0.6
+    # Choosing must beat chance by far on a model that was trained.
+    assert figures["planned"]["added"][0] < min(point["added"][0] for point in figures["controls"])
