@@ -33,7 +33,7 @@ class Anatomy(abc.ABC):
         self.model: HFModule = model
         self.config: Any = model.config
         self.text_config: Any = self.config.get_text_config()
-        self.layers = self.decoder.layers[: self.text_config.num_hidden_layers]
+        self.layers: list[HFModule] = list(self.decoder.layers)[: self.text_config.num_hidden_layers]
 
     # Where modules are -------------------------------------------------------------------------------------------
 
@@ -172,7 +172,7 @@ class Anatomy(abc.ABC):
             )
         first: Any = ids if ids is not None else embeds
         (b, t), device = first.shape[:2], first.device
-        group = torch.full((b, t), int(Group.TEXT), device=device)
+        group = torch.full((b, t), int(Group.TEXT), dtype=torch.int8, device=device)
         images: tuple[tuple[ImageSpan, ...], ...] = ((),) * b
         is_image = self.is_image_token(ids) if ids is not None else None
         if is_image is not None and bool(is_image.any()):

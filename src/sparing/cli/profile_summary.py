@@ -97,7 +97,7 @@ def _speed(timings: Sequence[Mapping[str, Any]]) -> Table:
         "dense",
         "planned",
         "speed-up",
-        "by operations",
+        "by count",
         box=None,
         header_style="dim",
         padding=(0, 2, 0, 0),

@@ -96,7 +96,8 @@ def measure_under(
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     batch = batch or max(1, LOGIT_BYTES // (4 * windows.length * shape.vocabulary))
     tokens, tables = [], []
-    spent, dense = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    spent: dict[str, int] = dict.fromkeys(PARTS, 0)
+    dense: dict[str, int] = dict.fromkeys(PARTS, 0)
     kv = dense_kv = 0
     broken: Windows | None = None
     with applied() as run:

@@ -276,7 +276,7 @@ class Profiler:
 
     def _describe_model(self) -> dict[str, Any]:
         layer = self.shape.layers[0]
-        config = self.model.config
+        config: Any = self.model.config
         return {
             "name": str(getattr(config, "_name_or_path", "") or type(self.model).__name__),
             "family": config.model_type,

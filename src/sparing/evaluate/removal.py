@@ -43,7 +43,7 @@ class Removal:
 
     def put_back(self) -> list[Removal]:
         """Every removal with one module, or one kind of tokens, less."""
-        found = [
+        found: list[Removal] = [
             dataclasses.replace(self, **{m: getattr(self, m) - {i}}) for m in MODULES for i in sorted(getattr(self, m))
         ]
         return found + [

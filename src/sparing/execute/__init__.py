@@ -1,4 +1,4 @@
-"""Carry plans out: `dense` defines the meaning, `gathered` is fast; `apply` puts either under a model, `check_policy` checks a policy."""
+"""Carry plans out: `dense` defines the meaning, `gathered` is fast; `apply` puts either under a model."""
 
 from sparing.execute.apply import Run, apply
 from sparing.execute.cache import PlannedCache, RaggedLayer, RunState

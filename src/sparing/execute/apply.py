@@ -183,7 +183,8 @@ class Run:
                 self._executor.current = None if state.idle else run
             try:
                 return stock(
-                    inputs_embeds=embeds,
+                    # Where nothing is planned the stock model embeds its ids itself, and lets go of them as it would.
+                    **({"input_ids": input_ids} if input_ids is not None and state.idle else {"inputs_embeds": embeds}),
                     attention_mask=attention_mask,
                     position_ids=position_ids,
                     past_key_values=cache,
@@ -193,10 +194,12 @@ class Run:
             finally:
                 if isinstance(self._executor, Dense):
                     self._executor.current = None
-        return self._gather(run, embeds, position_ids, cache, kwargs)
+        held = [embeds]
+        del embeds, inputs_embeds
+        return self._gather(run, held, position_ids, cache, kwargs)
 
     def _gather(
-        self, run: Pass, embeds: Tensor, position_ids: Tensor, cache: PlannedCache | None, kwargs: dict[str, Any]
+        self, run: Pass, held: list[Tensor], position_ids: Tensor, cache: PlannedCache | None, kwargs: dict[str, Any]
     ) -> BaseModelOutputWithPast:
         config = self.anatomy.text_config
         if kwargs.get("output_attentions", config.output_attentions):
@@ -204,8 +207,8 @@ class Run:
         keep = kwargs.get("output_hidden_states")
         keep = bool(config.output_hidden_states if keep is None else keep)
         assert isinstance(self._executor, Gathered)
-        run.cos, run.sin = self.anatomy.rotary(embeds, position_ids)
-        last, hidden = self._executor.run(run, embeds, keep)
+        run.cos, run.sin = self.anatomy.rotary(held[0], position_ids)
+        last, hidden = self._executor.run(run, held, keep)
         return BaseModelOutputWithPast(
             last_hidden_state=last,  # type: ignore[arg-type]
             past_key_values=cache,

@@ -85,7 +85,7 @@ class Dense:
         x = args[0] if args else kwargs["hidden_states"]
         run.cos, run.sin = kwargs["position_embeddings"]
         self._inputs[i] = x
-        plan = self._plans[i] = run.plan_attend(i, x)
+        plan = self._plans[i] = run.plan_attend(i, lambda: x)
         self._some[i] = None
         mask = self._mask(run, i, plan)
         if mask is None:
@@ -136,7 +136,7 @@ class Dense:
 
     def _before_mlp(self, i: int, x: Tensor) -> None:
         if self.current is not None:
-            self._plans[i] = self.current.plan_feed(i, x, self._inputs.pop(i), self._plans[i])
+            self._plans[i] = self.current.plan_feed(i, lambda: x, self._inputs.pop(i), self._plans[i])
 
     def _gate(self, out: Any, mask: Mask, weight: Tensor | None) -> Any:
         """Multiply a branch by its gate: by the weight where there is one (gradients pass), by the mask otherwise."""

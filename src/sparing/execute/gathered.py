@@ -11,7 +11,7 @@ from torch import Tensor
 from sparing.anatomy import Anatomy
 from sparing.execute.cache import RaggedLayer
 from sparing.execute.planning import Pass
-from sparing.execute.rows import Rows
+from sparing.execute.rows import Residual, Rows
 from sparing.plan import LayerPlan
 
 
@@ -27,38 +27,41 @@ class Gathered:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
+        self._eager = False
 
-    def run(self, run: Pass, embeds: Tensor, keep_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """All layers and the final norm. embeds: `[b t d]` -> `[b t d]`, and each layer's input if asked for."""
-        x, owned = embeds, False
-        hidden: list[Tensor] = []
-        grad = torch.is_grad_enabled()
+    def run(self, run: Pass, held: list[Tensor], keep_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All layers and the final norm.
+
+        Args:
+            run: the pass.
+            held: the embeddings `[b t d]`, alone in a list, so that their memory is free once they are used.
+            keep_hidden: whether to return each layer's input as well.
+        """
+        anatomy = self.anatomy
+        self._eager = anatomy.attention_backend == "eager"
         looks_back = any(p.looks_back for p in run.policies)
-        for layer in range(len(self.anatomy.layers)):
+        x = Residual(held.pop(), in_place=not torch.is_grad_enabled() and not looks_back)
+        hidden: list[Tensor] = []
+        for layer in range(len(anatomy.layers)):
             if keep_hidden:
-                hidden.append(x.clone())
+                hidden.append(x.whole().clone())
             # Kept only for those who look back: it is a whole residual stream.
-            layer_input = x if looks_back else None
-            plan = run.plan_attend(layer, x)
+            layer_input = x.whole() if looks_back else None
+            plan = run.plan_attend(layer, x.whole)
             _refuse_gate_gradients(plan.attend_weight)
             branch, rows = self._attention(run, layer, x, plan)
             if branch is not None:
-                branch = _weighted(branch, plan.attend_weight, rows)
-                x = rows.add(x, branch, in_place=owned and not grad and not looks_back)
-                owned = True
-            plan = run.plan_feed(layer, x, layer_input, plan)
+                x.add(rows, _weighted(branch, plan.attend_weight, rows))
+            plan = run.plan_feed(layer, x.whole, layer_input, plan)
             _refuse_gate_gradients(plan.feed_weight)
             rows = run.rows(plan.feed, plan.capacity)
             if not rows.none:
-                anatomy = self.anatomy
-                branch = anatomy.mlp(layer)(anatomy.mlp_norm(layer)(rows.take(x)))
-                branch = _weighted(anatomy.finish_mlp(layer, branch), plan.feed_weight, rows)
-                x = rows.add(x, branch, in_place=owned and not grad)
-                owned = True
-        x = self.anatomy.decoder.norm(x)
-        return x, (*hidden, x) if keep_hidden else ()
+                branch = anatomy.mlp(layer)(anatomy.mlp_norm(layer)(x.take(rows)))
+                x.add(rows, _weighted(anatomy.finish_mlp(layer, branch), plan.feed_weight, rows))
+        last = anatomy.decoder.norm(x.whole())
+        return last, (*hidden, last) if keep_hidden else ()
 
-    def _attention(self, run: Pass, layer: int, x: Tensor, plan: LayerPlan) -> tuple[Tensor | None, Rows]:
+    def _attention(self, run: Pass, layer: int, x: Residual, plan: LayerPlan) -> tuple[Tensor | None, Rows]:
         """The attention branch of the attending rows, packed; `None` if there are none."""
         anatomy = self.anatomy
         readers, written = run.rows(plan.attend, plan.capacity), run.rows(plan.read)
@@ -74,7 +77,7 @@ class Gathered:
         keys = values = index = None
         holes = False
         if not written.none:
-            normed = norm(written.take(x))
+            normed = norm(x.take(written))
             key = anatomy.rotate(anatomy.key(layer, normed), *run.angles(written))
             keys = written.pad(key).transpose(1, 2)
             values = written.pad(anatomy.value(layer, normed)).transpose(1, 2)
@@ -93,14 +96,15 @@ class Gathered:
         if keys is None or values is None or index is None:
             # Nothing can be read in this layer: the attention result is zero, and what the projection adds is its bias.
             shape = run.state.ledger.shape.layers[layer]
-            mixed = x.new_zeros(*readers.take(x).shape[:-1], shape.heads * shape.head_dim)
+            rows = x.take(readers)
+            mixed = rows.new_zeros(*rows.shape[:-1], shape.heads * shape.head_dim)
             return anatomy.finish_attention(layer, anatomy.project(layer, mixed)), readers
         if readers is written:
             rows = normed
         elif written.every:
             rows = readers.take(normed)  # type: ignore[arg-type]
         else:
-            rows = norm(readers.take(x))
+            rows = norm(x.take(readers))
         query = anatomy.rotate(anatomy.query(layer, rows), *run.angles(readers))  # type: ignore[arg-type]
         query = readers.pad(query).transpose(1, 2)
         mask, some, causal = None, None, False
@@ -124,7 +128,7 @@ class Gathered:
         module = anatomy.attention(layer)
         scaling = anatomy.scaling(layer)
         dropout: float = module.attention_dropout if module.training else 0.0
-        if anatomy.attention_backend == "eager":
+        if self._eager:
             if causal:
                 q = torch.arange(query.shape[2], device=query.device)
                 mask = (q[:, None] >= q)[None]

@@ -79,17 +79,19 @@ class Pass:
             self.state.shift = (position_ids - view.position_ids)[:, -1:].expand(self.new.batch, 1)
         return view.embeds, view.position_ids
 
-    def plan_attend(self, layer: int, residual: Tensor) -> LayerPlan:
+    def plan_attend(self, layer: int, residual: Callable[[], Tensor]) -> LayerPlan:
         """What the layer computes, as far as it is known before attention; padding and dropped tokens taken out."""
         plan = FULL
         view: LayerView | None = None
         for policy, memory in self._deciding():
-            view = view or LayerView(self, layer, residual, residual, attended=False)
+            view = view or LayerView(self, layer, residual, None, attended=False)
             view.state = memory
             plan = plan & policy.plan_attend(view)
         return self._restrict(plan, layer)
 
-    def plan_feed(self, layer: int, residual: Tensor, layer_input: Tensor | None, plan: LayerPlan) -> LayerPlan:
+    def plan_feed(
+        self, layer: int, residual: Callable[[], Tensor], layer_input: Tensor | None, plan: LayerPlan
+    ) -> LayerPlan:
         """The same plan with its MLP decided, after attention; recorded in the ledger."""
         view: LayerView | None = None
         for policy, memory in self._deciding():
@@ -152,7 +154,7 @@ class Pass:
                 f"drop() got a mask of shape {tuple(mask.shape)}, expected {(tokens.batch, tokens.length)}"
             )
         if self.state.dropped_at is None:
-            self.state.dropped_at = torch.full_like(tokens.group, self.state.depth)
+            self.state.dropped_at = torch.full_like(tokens.group, self.state.depth, dtype=torch.int32)
         self.state.dropped_at = torch.where(mask, self.state.dropped_at.clamp(max=layer), self.state.dropped_at)
         self._drops.append(layer)
 
@@ -229,19 +231,25 @@ class LayerView(View):
         self,
         run: Pass,
         layer: int,
-        residual: Tensor,
+        residual: Callable[[], Tensor],
         layer_input: Tensor | None,
         *,
         attended: bool,
         plan: LayerPlan | None = None,
     ) -> None:
         self._run, self._input, self._attended, self._plan = run, layer_input, attended, plan
-        self.layer, self.residual = layer, residual
+        self._residual = residual
+        self.layer = layer
         self.tokens, self.new = run.state.tokens, run.new
         self.shape: ModelShape = run.state.ledger.shape
         self.state: dict[Any, Any] = {}
         self._normed: Tensor | None = None
         self._keys: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def residual(self) -> Tensor:
+        """The residual stream; the fast executor puts it together only when asked."""
+        return self._residual()
 
     @property
     def prefill(self) -> bool:
@@ -291,7 +299,7 @@ class LayerView(View):
         shape = self.shape.layers[layer]
         if self._keys is None:
             # Kept for further calls in this layer: those who rank by many queries ask in chunks.
-            normed = anatomy.attention_norm(layer)(self._input)
+            normed = anatomy.attention_norm(layer)(layer_input)
             self._keys = normed, anatomy.rotate(anatomy.key(layer, normed), cos, sin).transpose(1, 2)
             self.spend(b * t * shape.kv_flops // 2)
         normed, k = self._keys
@@ -360,7 +368,7 @@ def new_tokens(anatomy: Anatomy, inputs: Mapping[str, Any], embeds: Tensor, stat
     past = 0 if state is None else state.tokens.length
     mask = inputs.get("attention_mask")
     if state is not None and t == 1:
-        group = torch.full((b, 1), int(Group.TEXT), device=embeds.device)
+        group = torch.full((b, 1), int(Group.TEXT), dtype=torch.int8, device=embeds.device)
         present = frozenset({Group.TEXT})
         if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
             group, present = torch.where(mask[:, -1:] == 0, int(Group.PAD), group), frozenset()
@@ -376,4 +384,5 @@ def new_tokens(anatomy: Anatomy, inputs: Mapping[str, Any], embeds: Tensor, stat
 
 def _no_segment(state: RunState, group: Tensor) -> Tensor | None:
     """Decoded tokens belong to no segment (-1), where the prompt has segments."""
-    return None if state.tokens.segment is None else torch.full_like(group, -1)
+    segment = state.tokens.segment
+    return None if segment is None else torch.full_like(group, -1, dtype=segment.dtype)

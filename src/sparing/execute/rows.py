@@ -32,6 +32,7 @@ class Rows:
         self.width = 0 if self.none else length
         self._flat: Tensor | None = None
         self._slot: Tensor | None = None
+        self._empty: Tensor | None = None
         if isinstance(mask, Tensor):
             self._index(mask, capacity)
         else:
@@ -78,8 +79,6 @@ class Rows:
         self.index[self._slot] = self._flat % t
         self.index = self.index.view(b, self.width)
 
-    _empty: Tensor | None = None
-
     @property
     def ragged(self) -> bool:
         """Whether some slot of the padded form may be empty."""
@@ -109,24 +108,63 @@ class Rows:
             return padded
         return padded.reshape(self.batch * self.width, *padded.shape[2:]).index_select(0, self._slot)
 
-    def add(self, x: Tensor, packed: Tensor, *, in_place: bool) -> Tensor:
-        """Add packed rows to `x` `[b t d]`. In place only where the caller owns `x` and no gradient needs its old value."""
-        if self.every:
-            return x + packed
-        if self._empty is not None:
-            packed = packed.masked_fill(self._empty.unsqueeze(-1), 0)
+    def put(self, x: Tensor, packed: Tensor, *, in_place: bool) -> Tensor:
+        """`x` `[b t d]` with these rows replaced. In place only where the caller owns `x` and no gradient needs its old value."""
         if self.stretch is not None:
             if in_place:
-                x[:, self.stretch] += packed
+                x[:, self.stretch] = packed
                 return x
-            start, stop = self.stretch.start, self.stretch.stop
-            return torch.cat([x[:, :start], x[:, start:stop] + packed, x[:, stop:]], dim=1)
+            return torch.cat([x[:, : self.stretch.start], packed, x[:, self.stretch.stop :]], dim=1)
         flat, rows = x.reshape(-1, x.shape[-1]), packed.reshape(-1, x.shape[-1])
         if in_place:
-            flat.index_add_(0, self._require_flat(), rows)
+            flat.index_copy_(0, self._require_flat(), rows)
             return x
-        return flat.index_add(0, self._require_flat(), rows).view_as(x)
+        return flat.index_copy(0, self._require_flat(), rows).view_as(x)
 
     def _require_flat(self) -> Tensor:
         assert self._flat is not None
         return self._flat
+
+
+class Residual:
+    """The residual stream `[b t d]`, written to only when someone else looks.
+
+    Consecutive branches often work on the same rows (the text of a prompt whose picture is frozen). Those rows stay packed from one
+    branch to the next, and go back into the stream when other rows, or the whole, are asked for.
+
+    Args:
+        x: `[b t d]`, the prompt's embeddings; never written to.
+        in_place: whether later streams may be written to (no gradients, and nobody keeps a layer's input).
+    """
+
+    def __init__(self, x: Tensor, *, in_place: bool) -> None:
+        self._whole, self._owned, self._in_place = x, False, in_place
+        self._rows: Rows | None = None
+        self._packed: Tensor | None = None
+        self._changed = False
+
+    def whole(self) -> Tensor:
+        """The stream as it stands."""
+        if self._changed and self._rows is not None and self._packed is not None:
+            self._whole = self._rows.put(self._whole, self._packed, in_place=self._owned and self._in_place)
+            self._owned, self._changed = True, False
+        return self._whole
+
+    def take(self, rows: Rows) -> Tensor:
+        """Packed rows of the stream."""
+        if rows is not self._rows or self._packed is None:
+            self._packed = rows.take(self.whole())
+            self._rows = rows
+        return self._packed
+
+    def add(self, rows: Rows, branch: Tensor) -> None:
+        """Add a branch, packed, to its rows."""
+        if rows._empty is not None:
+            branch = branch.masked_fill(rows._empty.unsqueeze(-1), 0)
+        packed = self.take(rows) + branch
+        if rows.every:
+            # The sum is the new stream; holding the old one as well would cost memory.
+            self._whole, self._owned, self._changed = packed, True, False
+            self._rows = self._packed = None
+        else:
+            self._packed, self._changed = packed, True

@@ -23,10 +23,13 @@ class View(abc.ABC):
     """All tokens so far, `[b T]`."""
     new: TokenMap
     """The tokens of this forward pass, `[b t]`."""
-    residual: Float[Tensor, "b t d"]
-    """The residual stream: the layer's input in `plan_attend`, the sum with attention in `plan_feed`."""
     state: dict[str, Any]
     """This policy's own memory for this run. Tensors in it have the batch first, and are reordered with beams."""
+
+    @property
+    @abc.abstractmethod
+    def residual(self) -> Float[Tensor, "b t d"]:
+        """The residual stream: the layer's input in `plan_attend`, the sum with attention in `plan_feed`. Do not write to it."""
 
     @property
     @abc.abstractmethod

@@ -52,7 +52,8 @@ class SkipModules(Policy):
         if not view.new.has(*self.groups):
             return LayerPlan()
         # One tensor for all layers of a pass: executors share what they derive from it.
-        others = view.shared("skip_modules", lambda: ~view.new.of(*self.groups), self)
+        groups = self.groups
+        others = view.shared("skip_modules", lambda: ~view.new.of(*groups), self)
         return LayerPlan(attend=others if no_attention else True, feed=others if no_mlp else True)
 
     def unread(self, layer: int) -> bool:

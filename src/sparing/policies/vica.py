@@ -51,7 +51,7 @@ class ViCA(Policy):
         """Refuse to run blind unasked."""
         if not self.layers and not self.blind and view.tokens.has(Group.IMAGE):
             raise ValueError(
-                "ViCA(layers=[]) reads the picture in no layer, so the model would be blind: name at least one layer (or pass blind=True)"
+                "ViCA(layers=[]) reads the picture in no layer, so the model would be blind: name one (or pass blind=True)"
             )
 
     def plan_attend(self, view: View) -> LayerPlan:

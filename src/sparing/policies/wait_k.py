@@ -23,6 +23,7 @@ class WaitKMask(Policy):
         k: how many source segments are read before target segment 0.
         tokens: the map of the whole stream, where it is known beyond the prompt (target words that are fed one by one
             through the cache). Without it, and beyond its end, a decoded token sees all of the source that has come.
+            Its rows do not follow beams; give one row for all of them then.
 
     Raises:
         ValueError: k below 1; (on a prompt) source and target without segments, or a map for another batch.

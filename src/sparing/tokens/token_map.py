@@ -41,7 +41,7 @@ class TokenMap:
     """What each token of a batch is.
 
     Attributes:
-        group: `[b t]`, the `Group` of each token.
+        group: `[b t]`, the `Group` of each token (one byte each).
         position_ids: `[b t]`, or `[axes b t]` for multi-axis rotary embeddings (M-RoPE).
         images: one tuple of `ImageSpan` a row, in order of appearance.
         segment: `[b t]`, the word or step that a streaming token belongs to; `None` outside streaming.
@@ -106,7 +106,7 @@ class TokenMap:
         if position_ids is None:
             position_ids = torch.arange(t, device=group.device).expand(b, t)
         rows = tuple(tuple(row) for row in images) if images is not None else ((),) * b
-        return cls(group=group, position_ids=position_ids, images=rows, segment=segment)
+        return cls(group=group.to(torch.int8), position_ids=position_ids, images=rows, segment=segment)
 
     @property
     def batch(self) -> int:
