@@ -29,13 +29,24 @@ class PolicyCase:
 
 def streamed(tokens):
     """The second half of each row becomes target; segments of 1 to 3 tokens, numbered from 0 in both halves."""
-    group, segment = tokens.group.clone(), torch.full_like(tokens.group, -1)
+    group, segment = tokens.group.clone(), torch.full_like(tokens.group, -1, dtype=torch.long)
     for r, valid in enumerate(tokens.valid):
         where = valid.nonzero().flatten()
         half = len(where) // 2
         for name, part in ((Group.SOURCE, where[:half]), (Group.TARGET, where[half:])):
             group[r, part] = int(name)
             segment[r, part] = torch.tensor([0, 1, 1, 2, 3, 3, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10])[: len(part)]
+    return dataclasses.replace(tokens, group=group, segment=segment, present=frozenset())
+
+
+def interleaved(tokens):
+    """In order of arrival: two source tokens, one target token, and so on; three tokens a source word, one a target word."""
+    group, segment = tokens.group.clone(), torch.full_like(tokens.group, -1, dtype=torch.long)
+    for r, valid in enumerate(tokens.valid):
+        for place, i in enumerate(valid.nonzero().flatten().tolist()):
+            target = place % 3 == 2
+            group[r, i] = int(Group.TARGET if target else Group.SOURCE)
+            segment[r, i] = place // 3 if target else place * 2 // 9
     return dataclasses.replace(tokens, group=group, segment=segment, present=frozenset())
 
 
@@ -86,9 +97,10 @@ CASES = [
     PolicyCase("mod-release", seeded(lambda m: MoD.for_model(m, capacity=0.6))),
     PolicyCase("mod-paper", seeded(lambda m: MoD.for_model(m, "paper", capacity=0.5))),
     PolicyCase("mod-threshold", seeded(calibrated)),
-    PolicyCase("dllm-evict", seeded(lambda m: DLLM.for_model(m, width=13, start_layer=1, reserve=2, threshold=0.8))),
+    PolicyCase("dllm-evict", seeded(lambda m: DLLM.for_model(m, width=13, start_layer=1, reserve=2, threshold=0.45))),
     PolicyCase("dllm-lrm", seeded(lambda m: DLLM.for_model(m, "lrm-pruning", sample=False))),
     PolicyCase("wait-k", lambda m: WaitKMask(2), regroup=streamed),
+    PolicyCase("wait-k-interleaved", lambda m: WaitKMask(1), regroup=interleaved),
     PolicyCase("vica-and-fastv", lambda m: ViCA([0, 1], prefix=1) & FastV(2, 0.5), pictures=True),
     PolicyCase("skipgpt-and-pyramid", lambda m: seeded(SkipGPT.for_model)(m) & PyramidDrop([1], 0.5), pictures=True),
     PolicyCase("mod-and-drop", lambda m: seeded(MoD.for_model)(m) & DropTokens(wide)),

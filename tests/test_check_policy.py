@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import models
+from policy_cases import wide
 from sparing.execute import check_policy
 from sparing.plan import LayerPlan, Policy
+from sparing.policies import DropTokens
 
 
 @pytest.mark.parametrize("family", ["text", "pictures"])
@@ -167,6 +169,18 @@ class OneRow(Policy):
     def plan_attend(self, view):
         mask = ((torch.arange(view.tokens.length) + view.layer) % 3 != 0)[None, -view.new.length :]
         return LayerPlan(attend=mask, feed=~mask, read=mask, feed_weight=0.5 * ~mask)
+
+
+class Halved(Policy):
+    """Weights of dropped tokens too, which must not count."""
+
+    def plan_attend(self, view):
+        half = torch.full(view.new.group.shape, 0.5)
+        return LayerPlan(attend_weight=half, feed_weight=half)
+
+
+def test_weights_of_dropped_tokens(tiny_llama, text_batch):
+    check_policy(lambda: Halved() & DropTokens(wide), tiny_llama, text_batch("right"))
 
 
 def test_masks_of_one_row(tiny_llama, text_batch):

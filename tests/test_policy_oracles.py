@@ -7,7 +7,7 @@ import torch
 
 import models
 from oracles import Llama, compare, embeddings, kinds, oracle_of_stock, which
-from policy_cases import streamed, wide
+from policy_cases import interleaved, streamed, wide
 from sparing.policies import DropTokens, EnterLate, FastV, PyramidDrop, SkipModules, ViCA, WaitKMask
 from sparing.tokens import Group
 
@@ -157,3 +157,26 @@ def test_wait_k(k, tiny_llama, text_batch):
         return m.logits(x)
 
     compare(tiny_llama, text_batch, WaitKMask(k), oracle, regroup=streamed)
+
+
+def test_wait_k_in_order_of_arrival(tiny_llama, text_batch):
+    """Where targets come between source tokens, the source still sees no target."""
+
+    def oracle(m, x, kind, n):
+        everyone = torch.arange(len(x))
+        target = [place % 3 == 2 for place in range(n)]
+
+        def may(query, key):
+            if query >= n or key >= n:
+                return True
+            if not target[query]:
+                return not target[key]
+            following = query + 3 if query + 3 < n else query
+            return target[key] or key * 2 // 9 < 1 + following // 3
+
+        for layer in range(m.depth):
+            x = x + m.attention(layer, x, everyone, everyone, may=may)
+            x = x + m.mlp(layer, x)
+        return m.logits(x)
+
+    compare(tiny_llama, text_batch, WaitKMask(1), oracle, regroup=interleaved)

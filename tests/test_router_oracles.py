@@ -137,7 +137,7 @@ def test_mod_calibration(tiny_llama, text_batch):
 @pytest.mark.parametrize("preset", ["release", "lrm-pruning"])
 def test_d_llm(preset, tiny_llama, text_batch):
     """The release evicts, spares the first layer and the first two tokens; LRM-Pruning's baseline does neither."""
-    special = {"width": 13, "start_layer": 1, "threshold": 0.8} if preset == "release" else {"sample": False}
+    special = {"width": 13, "start_layer": 1, "threshold": 0.45} if preset == "release" else {"sample": False}
     policy = seeded(lambda m: DLLM.for_model(m, preset, **special))(tiny_llama)
 
     def oracle(m, x, kind, n):
@@ -148,7 +148,7 @@ def test_d_llm(preset, tiny_llama, text_batch):
                 first, norm, _, last = policy.routers[str(layer)]
                 y = linear(first, x)
                 y = y / (y.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
-                runs = linear(last, silu(y)).softmax(-1)[:, 1] >= 0.8
+                runs = linear(last, silu(y)).softmax(-1)[:, 1] >= 0.45
                 runs[:2] = True
                 rows = keys = runs.nonzero().flatten()
             elif preset == "lrm-pruning":

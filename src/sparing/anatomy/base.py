@@ -193,4 +193,4 @@ class Anatomy(abc.ABC):
             position_ids = torch.arange(t, device=device).expand(b, t)
         elif position_ids.shape[-2] == 1 and b > 1:
             position_ids = position_ids.expand(*position_ids.shape[:-2], b, t)
-        return TokenMap(group=group, position_ids=position_ids, images=images)
+        return TokenMap(group=group, position_ids=position_ids, images=images, ids=ids)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ MEANING = {
 class TokenKinds:
     """Says which kind each token is: `first`, `digits`, `letters` or `signs`. Every token is of one kind.
 
-    A `TokenMap` knows no token ids, so `watching` looks at what the model embeds.
-
     Args:
         model: the Hugging Face model.
         tokenizer: its tokenizer.
@@ -43,9 +40,7 @@ class TokenKinds:
                 table[i] = DIGITS
             elif any(map(str.isalpha, text)):
                 table[i] = LETTERS
-        self._embedding = embedding
         self._table = table.to(embedding.weight.device)
-        self._ids: Tensor | None = None
 
     def of(self, ids: Int[Tensor, "b t"], position_ids: Tensor) -> Int[Tensor, "b t"]:
         """The kind of each token, as an index into `KINDS`."""
@@ -57,29 +52,13 @@ class TokenKinds:
         return self.of(ids, torch.arange(ids.shape[1], device=ids.device))
 
     def where(self, name: str) -> Callable[[TokenMap], Tensor]:
-        """What `EnterLate(where=...)` takes: which tokens of a pass are of this kind. Works inside `watching`."""
+        """What `EnterLate(where=...)` takes: which tokens of a pass are of this kind."""
         kind = KINDS.index(name)
 
         def mask(tokens: TokenMap) -> Tensor:
-            if self._ids is None or self._ids.shape != tokens.group.shape:
-                raise ValueError(
-                    "token kinds are told from token ids: call the model with input_ids, inside kinds.watching()"
-                )
+            if tokens.ids is None:
+                raise ValueError("token kinds are told from token ids: call the model with input_ids")
             positions = tokens.position_ids if tokens.position_ids.ndim == 2 else tokens.position_ids[0]
-            return self.of(self._ids, positions) == kind
+            return self.of(tokens.ids, positions) == kind
 
         return mask
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside it the ids of every pass are known; after it no hook is left."""
-
-        def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self._ids = args[0]
-
-        hook = self._embedding.register_forward_pre_hook(remember)
-        try:
-            yield
-        finally:
-            hook.remove()
-            self._ids = None

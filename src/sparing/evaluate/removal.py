@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from jaxtyping import Bool, Int
@@ -68,11 +66,9 @@ class Removal:
         found += [EnterLate(layer, where=kinds.where(kind)) for kind, layer in self.entry if layer]
         return found
 
-    @contextlib.contextmanager
-    def applied(self, model: nn.Module, kinds: TokenKinds) -> Iterator[Run]:
+    def applied(self, model: nn.Module, kinds: TokenKinds) -> Run:
         """`sparing.apply` of these policies; the stock forward runs where nothing is left out."""
-        with kinds.watching() if self.entry else contextlib.nullcontext(), apply(model, *self.policies(kinds)) as run:
-            yield run
+        return apply(model, *self.policies(kinds))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, for JSON."""

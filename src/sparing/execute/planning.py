@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -299,7 +300,10 @@ class LayerView(View):
         shape = self.shape.layers[layer]
         if self._keys is None:
             # Kept for further calls in this layer: those who rank by many queries ask in chunks.
-            normed = anatomy.attention_norm(layer)(layer_input)
+            source = self._input if self._attended else self.residual
+            if source is None:
+                raise ValueError("scores() in plan_feed needs the layer's input: set looks_back = True on the policy")
+            normed = anatomy.attention_norm(layer)(source)
             self._keys = normed, anatomy.rotate(anatomy.key(layer, normed), cos, sin).transpose(1, 2)
             self.spend(b * t * shape.kv_flops // 2)
         normed, k = self._keys
@@ -372,14 +376,20 @@ def new_tokens(anatomy: Anatomy, inputs: Mapping[str, Any], embeds: Tensor, stat
         present = frozenset({Group.TEXT})
         if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
             group, present = torch.where(mask[:, -1:] == 0, int(Group.PAD), group), frozenset()
-        return TokenMap(group, inputs["position_ids"], ((),) * b, _no_segment(state, group), present)
-    ids = inputs.get("input_ids")
-    known = dict(inputs) if ids is not None and ids.shape == (b, t) else {**inputs, "input_ids": None}
-    tokens = anatomy.read_tokens({**known, "inputs_embeds": embeds})
+        segment = _no_segment(state, group)
+        return TokenMap(group, inputs["position_ids"], ((),) * b, segment, _ids_of(inputs, b, t), present)
+    ids = _ids_of(inputs, b, t)
+    tokens = anatomy.read_tokens({**inputs, "input_ids": ids, "inputs_embeds": embeds})
     if state is None:
         return tokens
     images = tuple(tuple(s._replace(start=s.start + past, stop=s.stop + past) for s in row) for row in tokens.images)
-    return TokenMap(tokens.group, tokens.position_ids, images, _no_segment(state, tokens.group), tokens.present)
+    return dataclasses.replace(tokens, images=images, segment=_no_segment(state, tokens.group))
+
+
+def _ids_of(inputs: Mapping[str, Any], batch: int, length: int) -> Tensor | None:
+    """The ids of a pass, if the model was called with them."""
+    ids = inputs.get("input_ids")
+    return ids if ids is not None and ids.shape == (batch, length) else None
 
 
 def _no_segment(state: RunState, group: Tensor) -> Tensor | None:

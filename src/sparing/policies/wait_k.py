@@ -68,8 +68,8 @@ class WaitKMask(Policy):
                 f"WaitKMask(tokens=...) describes {tokens.batch} rows, this batch has {seen.batch}, "
                 "and beams cannot reorder it: give a map of one row, or of this batch"
             )
-        never = torch.iinfo(tokens.segment.dtype).max
-        source = torch.where(tokens.group == Group.SOURCE, tokens.segment, -1)
+        never = torch.iinfo(torch.long).max
+        source = torch.where(tokens.group == Group.SOURCE, tokens.segment.long(), -1)
         budget = torch.where(tokens.group == Group.TARGET, self.k + predicted_segment(tokens), never)
         target = tokens.group == Group.TARGET
         is_source = tokens.group == Group.SOURCE
@@ -90,11 +90,11 @@ def predicted_segment(tokens: TokenMap) -> Int[Tensor, "b t"]:
     """The segment of the target token that follows each token; its own for the last one. Segments must not decrease."""
     assert tokens.segment is not None
     target = tokens.group == Group.TARGET
-    last = torch.iinfo(tokens.segment.dtype).max
-    segment = torch.where(target, tokens.segment, last)
+    last, own = torch.iinfo(torch.long).max, tokens.segment.long()
+    segment = torch.where(target, own, last)
     following = torch.cat([segment[:, 1:], torch.full_like(segment[:, :1], last)], dim=1)
     nearest = following.flip(1).cummin(1).values.flip(1)
-    return torch.where(nearest == last, tokens.segment, nearest)
+    return torch.where(nearest == last, own, nearest)
 
 
 def _at(table: Tensor, index: Tensor, beyond: int | bool) -> Tensor:

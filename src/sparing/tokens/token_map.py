@@ -45,6 +45,7 @@ class TokenMap:
         position_ids: `[b t]`, or `[axes b t]` for multi-axis rotary embeddings (M-RoPE).
         images: one tuple of `ImageSpan` a row, in order of appearance.
         segment: `[b t]`, the word or step that a streaming token belongs to; `None` outside streaming.
+        ids: `[b t]`, the token ids, where the model was called with ids.
         present: the groups that occur, known on the host so that asking for them never waits for the device.
     """
 
@@ -52,6 +53,7 @@ class TokenMap:
     position_ids: Tensor
     images: tuple[tuple[ImageSpan, ...], ...]
     segment: Int[Tensor, "b t"] | None = None
+    ids: Int[Tensor, "b t"] | None = None
     present: frozenset[Group] = dataclasses.field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class TokenMap:
         """
         if self.group.ndim != 2:
             raise ValueError(f"TokenMap.group must be [b t], got shape {tuple(self.group.shape)}")
-        for name in ("position_ids", "segment"):
+        for name in ("position_ids", "segment", "ids"):
             part = getattr(self, name)
             if part is not None and part.shape[-1] != self.group.shape[1]:
                 raise ValueError(
@@ -148,6 +150,7 @@ class TokenMap:
             group=self.group[:, start:stop],
             position_ids=self.position_ids[..., start:stop],
             segment=None if self.segment is None else self.segment[:, start:stop],
+            ids=None if self.ids is None else self.ids[:, start:stop],
             present=frozenset(),
         )
 
@@ -164,6 +167,7 @@ class TokenMap:
             position_ids=torch.cat([ours, theirs], dim=-1),
             images=tuple(a + b for a, b in zip(self.images, new.images, strict=True)),
             segment=None if self.segment is None else torch.cat([self.segment, new.segment], dim=1),  # type: ignore[list-item]
+            ids=None if self.ids is None or new.ids is None else torch.cat([self.ids, new.ids], dim=1),
             present=self.present | new.present,
         )
 
@@ -176,6 +180,7 @@ class TokenMap:
             position_ids=self.position_ids[..., rows, :],
             images=images,
             segment=None if self.segment is None else self.segment[rows],
+            ids=None if self.ids is None else self.ids[rows],
         )
 
     def crop(self, length: int) -> TokenMap:
