@@ -36,7 +36,9 @@ def main() -> None:
     begin = time.perf_counter()
     kv_heads = [shape["heads"]] if options.shrink else [shape["heads"], 8]
     rounds = 3 if options.shrink else options.rounds
-    runs = {f"bf16_kv{kv}": engine.measure(torch.bfloat16, kv, rounds, 32, shape, device, quick=False) for kv in kv_heads}
+    runs = {
+        f"bf16_kv{kv}": engine.measure(torch.bfloat16, kv, rounds, 32, shape, device, quick=False) for kv in kv_heads
+    }
     difference = engine.forced_difference(shape, shape["heads"], device)
     engine.finish(engine.keys(runs, difference), engine.REACH, runs, begin, options)
 

@@ -92,11 +92,7 @@ def model_classes(source: str) -> list[str]:
                 names = [a.name for a in node.names if a.name == "models" or MODEL_CLASS.fullmatch(a.name)]
         elif isinstance(node, ast.Attribute) and MODEL_HEAD.fullmatch(node.attr):
             names = [node.attr]
-        elif (
-            isinstance(node, ast.Constant)
-            and isinstance(node.value, str)
-            and MODEL_HEAD.fullmatch(node.value)
-        ):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODEL_HEAD.fullmatch(node.value):
             names = [node.value]
         found += [f"line {node.lineno}: {name}" for name in names]
     return found

@@ -65,7 +65,7 @@ def spell(digits):
     """Spells digits place by place, from a table of its own."""
     small = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     small = (small + "sixteen seventeen eighteen nineteen").split()
-    tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    tens = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
     if int(digits) == 0:
         return "zero"
     thousands, hundreds, rest = int(digits) // 1000, int(digits) // 100 % 10, int(digits) % 100

@@ -199,6 +199,7 @@ def test_shipped_model_is_a_stock_checkpoint_in_bf16(shipped):
     assert (model.config.model_type, model.config.num_hidden_layers) == ("llama", 8)
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     assert model.config.vocab_size == len(tokenizer)
+    assert model.config.use_cache
     assert tokenizer.padding_side == "left"
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
 

@@ -18,7 +18,7 @@ _HOMES = {
     "load": "sparing.anatomy",
     "apply": "sparing.execute",
 }
-_ROOMS = ("tokens", "plan", "anatomy", "execute", "policies", "evaluate", "study", "worlds", "zoo")
+_ROOMS = ("tokens", "plan", "anatomy", "execute", "policies", "ablate", "evaluate", "study", "worlds", "zoo")
 
 __all__ = [*_HOMES, *_ROOMS]
 

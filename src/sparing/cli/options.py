@@ -14,9 +14,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps, ...")]
-Dtype = Annotated[
-    DtypeName, typer.Option("--dtype", help="Type of the weights; auto keeps the checkpoint's own.")
-]
+Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Type of the weights; auto keeps the checkpoint's own.")]
 Out = Annotated[
     Path,
     typer.Option("--out", file_okay=False, help="Folder of the results; a second run resumes in it."),
@@ -39,9 +37,7 @@ def device_of(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(
-            f"--device {name} is not available here: use auto or one of {', '.join(found)}"
-        ) from error
+        raise ValueError(f"--device {name} is not available here: use auto or one of {', '.join(found)}") from error
     return device
 
 

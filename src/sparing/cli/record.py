@@ -170,9 +170,7 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
         kept = ("command", "status", "started", "seconds", "seed", "config", "git")
         return [*last["earlier"], {key: last[key] for key in kept}]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a record of sparing's: move it away, or choose another --out"
-        ) from error
+        raise ValueError(f"{path} is not a record of sparing's: move it away, or choose another --out") from error
 
 
 def _plain(value: Any) -> Any:

@@ -7,9 +7,7 @@ import typer
 
 from sparing.cli.options import Device, Out, Seed
 
-zoo = typer.Typer(
-    help="List, train and describe the small models that come with sparing.", no_args_is_help=True
-)
+zoo = typer.Typer(help="List, train and describe the small models that come with sparing.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="A model of the zoo; see `sparing zoo list`.")]
 
@@ -35,13 +33,9 @@ def train_model(
     out: Out = Path("runs/zoo"),
     seed: Seed = 0,
     device: Device = "auto",
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads; PyTorch's choice.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; PyTorch's choice.")] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on from the last checkpoint.")] = True,
-    shrink: Annotated[
-        bool, typer.Option("--shrink", help="Two layers and a few steps, to try the recipe.")
-    ] = False,
+    shrink: Annotated[bool, typer.Option("--shrink", help="Two layers and a few steps, to try the recipe.")] = False,
 ) -> None:
     """Train a model, ask it held-out problems and write its card, in a folder of its own under --out."""
     from dataclasses import asdict

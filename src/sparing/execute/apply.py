@@ -67,6 +67,9 @@ class Run:
             part.validate(self.shape)
         if execute not in ("gathered", "dense"):
             raise ValueError(f'execute must be "gathered" or "dense", got {execute!r}')
+        ablations = [repr(part) for part in policy.parts() if part.ablation]
+        if ablations and execute != "dense":
+            raise ValueError(f'{ablations[0]} is an ablation, which is no speed-up: run it with execute="dense"')
         self._executor: Gathered | Dense = Gathered(self.anatomy) if execute == "gathered" else Dense(self.anatomy)
         self.ledger = Ledger(self.shape)
         self._called_with: dict[str, Any] = {}
@@ -226,6 +229,7 @@ class Run:
             )
         parts = self.policy.parts()
         self.ledger = Ledger(self.shape)
+        self.ledger.ablation = any(part.ablation for part in parts)
         return RunState(
             executor=self._executor.name,
             tokens=tokens,

@@ -60,8 +60,13 @@ class Dense:
                 return self._gate(out, self._plans[i].feed, self._plans[i].feed_weight) if self.current else None
 
             def before_projection(_: nn.Module, args: Any, i: int = i) -> Any:
-                some = self._some.get(i) if self.current else None
-                return None if some is None else (torch.where(some, args[0], 0), *args[1:])
+                run = self.current
+                if run is None:
+                    return None
+                mixed = args[0] if self._plans[i].zeroes is None else self._zeroed(run, i)
+                some = self._some[i]
+                mixed = mixed if some is None else torch.where(some, mixed, 0)
+                return None if mixed is args[0] else (mixed, *args[1:])
 
             self._handles += [
                 layer.register_forward_pre_hook(before_layer, with_kwargs=True),
@@ -133,6 +138,33 @@ class Dense:
             return may, some
 
         return run.memo(("mask", id(readable), id(plan.sees)), build, readable, plan.sees)
+
+    def _zeroed(self, run: Pass, i: int) -> Tensor:
+        """What attention mixes when some weights are zeroed after the softmax: `[b t heads*head_dim]`, written out."""
+        a, plan, state = self.anatomy, self._plans[i], run.state
+        normed = a.attention_norm(i)(self._inputs[i])
+        query = a.rotate(a.query(i, normed), run.cos, run.sin).transpose(1, 2)
+        if run.cache is None:
+            keys = a.rotate(a.key(i, normed), run.cos, run.sin).transpose(1, 2)
+            values = a.value(i, normed).transpose(1, 2)
+        else:
+            stored = run.cache.layers[i]
+            keys, values = stored.keys, stored.values  # this pass's are in it already
+        assert keys is not None
+        assert values is not None
+        assert plan.zeroes is not None
+        readable = state.readable[i]
+        readable = state.tokens.valid if readable is None else readable
+        index = torch.arange(readable.shape[1], device=readable.device)
+        slots = torch.where(readable, index.expand_as(readable), -1)
+        asking = index[run.start :].expand(len(readable), -1)
+        may, _ = run.visible(asking, slots, plan.sees)
+        groups = query.shape[1] // keys.shape[1]
+        keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+        scores = (query @ keys.transpose(-1, -2)).float() * a.scaling(i)
+        weights = scores.masked_fill(~may.unsqueeze(1), float("-inf")).softmax(-1)
+        zeroed = plan.zeroes(asking.unsqueeze(2), slots.unsqueeze(1)).unsqueeze(1)
+        return (weights.masked_fill(zeroed, 0).to(values.dtype) @ values).transpose(1, 2).flatten(2)
 
     def _before_mlp(self, i: int, x: Tensor) -> None:
         if self.current is not None:

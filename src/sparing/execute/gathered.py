@@ -48,6 +48,7 @@ class Gathered:
             # Kept only for those who look back: it is a whole residual stream.
             layer_input = x.whole() if looks_back else None
             plan = run.plan_attend(layer, x.whole)
+            assert plan.zeroes is None, "ablations are refused when applied"
             _refuse_gate_gradients(plan.attend_weight)
             branch, rows = self._attention(run, layer, x, plan)
             if branch is not None:

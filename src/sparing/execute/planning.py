@@ -131,7 +131,9 @@ class Pass:
             w * here.to(w.dtype) if w is not None and isinstance(here, Tensor) else w
             for w in (plan.attend_weight, plan.feed_weight)
         )
-        return LayerPlan(attend, feed, read, attend_weight, feed_weight, plan.sees, plan.capacity)
+        return dataclasses.replace(
+            plan, attend=attend, feed=feed, read=read, attend_weight=attend_weight, feed_weight=feed_weight
+        )
 
     def here(self, layer: int) -> Mask:
         """Which new tokens are neither padding nor dropped in this layer; `True` if all are."""

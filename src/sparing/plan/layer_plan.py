@@ -26,6 +26,8 @@ class LayerPlan:
         feed_weight: `[b t]`, the same for the MLP branch.
         sees: a mask on top of causality and padding. Called with query indices `[b q 1]` and key indices `[b 1 k]`, both in
             original order, it returns what broadcasts to `[b q k]`: `True` where the query may read the key.
+        zeroes: an ablation, not a plan: `True` where an attention weight is set to zero after the softmax, the others staying as
+            they are. Called as `sees` is; `dense` only.
         capacity: a promise that no row has more than this many `True` tokens in `attend` and `feed`, where those are
             tensors. It saves the fast executor its one wait for the device.
 
@@ -39,6 +41,7 @@ class LayerPlan:
     attend_weight: Tensor | None = None
     feed_weight: Tensor | None = None
     sees: Sees | None = None
+    zeroes: Sees | None = None
     capacity: int | None = None
 
     @property
@@ -51,6 +54,7 @@ class LayerPlan:
             and self.attend_weight is None
             and self.feed_weight is None
             and self.sees is None
+            and self.zeroes is None
         )
 
     def __and__(self, other: LayerPlan) -> LayerPlan:
@@ -70,6 +74,7 @@ class LayerPlan:
             attend_weight=_weights(self.attend_weight, self.attend, other.attend_weight, other.attend),
             feed_weight=_weights(self.feed_weight, self.feed, other.feed_weight, other.feed),
             sees=_both_see(self.sees, other.sees),
+            zeroes=_either_zeroes(self.zeroes, other.zeroes),
             capacity=_capacity(self.capacity, other.capacity),
         )
 
@@ -129,6 +134,12 @@ def _both_see(a: Sees | None, b: Sees | None) -> Sees | None:
     if a is None or b is None:
         return a or b
     return lambda query, key: a(query, key) & b(query, key)
+
+
+def _either_zeroes(a: Sees | None, b: Sees | None) -> Sees | None:
+    if a is None or b is None:
+        return a or b
+    return lambda query, key: a(query, key) | b(query, key)
 
 
 def _capacity(a: int | None, b: int | None) -> int | None:

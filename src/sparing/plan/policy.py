@@ -108,6 +108,8 @@ class Policy(abc.ABC):
     """
 
     causal: bool = True
+    ablation: bool = False
+    """Whether this changes the result to learn from it (`sparing.ablate`): runs under `dense` only, marked in the ledger."""
     looks_back: bool = False
     """Whether `plan_feed` asks for this layer's `scores` (the executor then keeps the layer's input)."""
 

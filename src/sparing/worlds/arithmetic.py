@@ -204,9 +204,7 @@ def _largest(rng: random.Random) -> _Draft:
 def _sort(rng: random.Random) -> _Draft:
     size = rng.randint(3, 7)
     items = rng.choices(range(10), k=size)
-    return _Draft(
-        f"sort {_join(items)}", _join(sorted(items)), f"sort {sorted(items)}", size, 1 / _orders(items)
-    )
+    return _Draft(f"sort {_join(items)}", _join(sorted(items)), f"sort {sorted(items)}", size, 1 / _orders(items))
 
 
 def _count(rng: random.Random) -> _Draft:
@@ -236,9 +234,7 @@ def _columns(rng: random.Random) -> _Draft:
         steps.append(f"{upper}+{lower}" + ("+1" if carry else "") + f"={total}")
         carry = total // 10
     key = _sum_key(left, right)
-    return _Draft(
-        f"columns {left}+{right}", str(left + right), key, digits, 1 / _numbers(digits), " ".join(steps)
-    )
+    return _Draft(f"columns {left}+{right}", str(left + right), key, digits, 1 / _numbers(digits), " ".join(steps))
 
 
 def _chain(rng: random.Random) -> _Draft:
@@ -284,9 +280,7 @@ def _story(rng: random.Random) -> _Draft:
     else:
         answer = first - second
         tale = (
-            f"{start} and gives {second} away, how many"
-            if form == "gives"
-            else f"{start}, how many more than {second}"
+            f"{start} and gives {second} away, how many" if form == "gives" else f"{start}, how many more than {second}"
         )
         steps = f"{first}-{second}={answer}"
         return _Draft(f"{tale}?", str(answer), f"difference {first} {second}", 1, guess, steps)

@@ -11,9 +11,7 @@ CHARACTERS = "\n " + string.digits + string.ascii_letters + string.punctuation
 SPACED = string.digits + string.ascii_lowercase
 
 
-def word_tokenizer(
-    words: Sequence[str], markers: Sequence[str] = (), max_length: int = 512
-) -> PreTrainedTokenizerFast:
+def word_tokenizer(words: Sequence[str], markers: Sequence[str] = (), max_length: int = 512) -> PreTrainedTokenizerFast:
     """Builds a fast tokenizer that knows some whole words and spells everything else.
 
     A word, a digit or a small letter is one token together with the space before it; without a space, digits,

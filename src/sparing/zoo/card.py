@@ -82,10 +82,11 @@ def answers(
     # Prompts of like length share a batch, so that little of it is padding.
     order = sorted(range(len(asked)), key=lambda place: len(asked[place].text))
     found = [""] * len(asked)
+    generate: Any = model.generate
     for first in range(0, len(order), batch):
         places = order[first : first + batch]
         inputs = tokenizer([asked[place].prompt for place in places], return_tensors="pt", padding=True)
-        out = model.generate(**inputs.to(model.device), do_sample=False)
+        out = generate(**inputs.to(model.device), do_sample=False)
         written = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for place, text in zip(places, written, strict=True):
             found[place] = arithmetic.final_answer(text)
@@ -100,9 +101,7 @@ def scores(asked: Sequence[Example], found: Sequence[str]) -> dict[str, Score]:
 
 
 @torch.inference_mode()
-def answer_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Iterable[Example]
-) -> float:
+def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Iterable[Example]) -> float:
     """Returns the cross-entropy of what follows `A:`, in nats per token."""
     total, count = 0.0, 0
     for example in asked:
@@ -141,17 +140,13 @@ def training_seconds(run: Path) -> float:
     return json.loads((run / LOG).read_text().splitlines()[-1])["seconds"]
 
 
-def write_card(
-    recipe: Recipe, folder: Path, figures: Figures, *, hardware: Mapping[str, Any], seed: int
-) -> None:
+def write_card(recipe: Recipe, folder: Path, figures: Figures, *, hardware: Mapping[str, Any], seed: int) -> None:
     """Writes `README.md`, the model card, into the folder of a trained model."""
     rows = []
     for task, score in figures.scores.items():
         low, high = score.interval
         levels = ", ".join(f"{level}: {share:.0%}" for level, share in figures.harder[task].items())
-        rows.append(
-            f"| {task} | {score.accuracy:.1%} | {low:.1%} to {high:.1%} | {score.chance:.1%} | {levels} |"
-        )
+        rows.append(f"| {task} | {score.accuracy:.1%} | {low:.1%} to {high:.1%} | {score.chance:.1%} | {levels} |")
     config = recipe.config
     per_task = next(iter(figures.scores.values())).total
     example = arithmetic.examples("test", 1, seed=TEST_SEED, tasks=["columns"])[0]
@@ -194,14 +189,14 @@ need different computations, so that removing one module hurts them differently.
 - AdamW, peak learning rate {recipe.lr:g}, {recipe.warmup} steps of warm-up, then cosine to zero; weight
   decay {recipe.weight_decay:g}; bf16 autocast over fp32 weights; tokens of questions weigh
   {recipe.prompt_weight:g} in the loss.
-- {figures.seconds / 60:.1f} minutes on {_machine(hardware)};
+- {figures.seconds / 60:.1f} minutes of wall-clock time on {_machine(hardware)};
   torch {torch.__version__}, transformers {transformers.__version__}.
 
 ## Figures
 
-Exact match of the final answer, greedy decoding, {per_task} test problems of each kind (seed
-{TEST_SEED}), with Wilson 95% intervals. Chance is the better of a random answer of the right form and the most frequent answer of these problems.
-The last column is the accuracy by difficulty (digits, items or steps).
+Exact match of the final answer, greedy decoding, {per_task} test problems of each kind (seed {TEST_SEED}), with Wilson
+95% intervals. Chance is the better of a random answer of the right form and the most frequent answer of
+these problems. The last column is the accuracy by difficulty (digits, items or steps).
 
 | task | accuracy | 95% interval | chance | by difficulty |
 | --- | --- | --- | --- | --- |
@@ -211,9 +206,10 @@ Loss on what follows `A:`, test problems: {figures.loss:.4f} nats per token.
 
 ## Limits
 
-It knows the forms of its world and nothing else: other wording, longer lists or larger numbers than it was
-trained on are answered wrongly and confidently. Held out are whole problems, not the single-digit facts they
-are made of. One seed; no claim about larger models follows from it.
+It has seen the forms of its world and nothing else; other wording, longer lists and larger numbers were neither
+trained nor measured. Held out are whole problems, not the single-digit facts they are made of. Where a kind
+and a difficulty have few problems in all, such as comparing single digits, the test has only a handful of
+different ones. One seed; no claim about larger models follows from it.
 
 Licence: Apache-2.0, for weights and data alike.
 """

@@ -63,11 +63,9 @@ class Batches(Dataset):
             "weights": torch.tensor([weights for _, weights in rows]),
         }
 
-    def _row(
-        self, problems: Iterator[arithmetic.Example], rng: random.Random, length: int
-    ) -> tuple[list, list]:
+    def _row(self, problems: Iterator[arithmetic.Example], rng: random.Random, length: int) -> tuple[list, list]:
         tokenizer = self.tokenizer
-        ids: list[int] = []
+        ids: list[Any] = []
         weights: list[float] = []
         while len(ids) < length:
             ids.append(tokenizer.bos_token_id)
@@ -177,10 +175,10 @@ def train(
     with _stop_on_signal(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < recipe.steps:
-        raise KeyboardInterrupt(
-            f"stopped at step {trainer.state.global_step} of {recipe.steps}; run again to go on"
-        )
-    model.to(torch.bfloat16).save_pretrained(out / FINAL)
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {recipe.steps}; run again to go on")
+    # The Trainer turns the cache off in the config; saved so, every caller would have to turn it on again.
+    model.config.use_cache = True
+    model.bfloat16().save_pretrained(out / FINAL)
     tokenizer.save_pretrained(out / FINAL)
     return out / FINAL
 
@@ -199,9 +197,7 @@ def weighted_loss(
 class _WeightedTrainer(Trainer):
     """A Trainer whose rows say what each token weighs."""
 
-    def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ):
+    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None):
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         loss = weighted_loss(outputs.logits, inputs["input_ids"], inputs["weights"])
         return (loss, outputs) if return_outputs else loss
@@ -243,7 +239,7 @@ def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
         # The second one ends the process as usual.
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -266,7 +262,5 @@ def _claim(out: Path, recipe: Recipe, seed: int, *, resuming: bool) -> None:
     mine = json.loads(json.dumps({**vars(recipe), "config": dict(recipe.config), "seed": seed}))
     path = out / "recipe.json"
     if resuming and json.loads(path.read_text()) != mine:
-        raise ValueError(
-            f"{out} holds another run (see {path}); choose another folder, or start again with --fresh"
-        )
+        raise ValueError(f"{out} holds another run (see {path}); choose another folder, or start again with --fresh")
     path.write_text(json.dumps(mine, indent=2) + "\n")
