@@ -4,7 +4,8 @@
     python benchmarks/engine.py --json out.json             # bf16 and fp32, multi-head and 4 KV heads
 
 Every figure is a median of ratios of arms that ran one after the other in the same round. 16 layers, width 1024, 16 heads, MLP
-2816, vocabulary 32,000, SDPA, `logits_to_keep=1` in all arms; 576 visual and 64 text tokens, 4 reading layers; 512 tokens for skipping.
+2816, vocabulary 32,000, SDPA, `logits_to_keep=1` in all arms; 576 visual and 64 text tokens, 4 reading layers; 512 tokens for
+skipping.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ def stories():
 
 @pytest.fixture(scope="module")
 def text():
-    whole = gzip.open(DATA / "tinystories/valid.txt.gz", "rt", encoding="utf8").read()
+    with gzip.open(DATA / "tinystories/valid.txt.gz", "rt", encoding="utf8") as file:
+        whole = file.read()
     return [s.strip() for s in whole.split("<|endoftext|>") if s.strip()][:12]
 
 

@@ -54,7 +54,9 @@ def knock_out(
     layers: Iterable[int] | None = None,
     renormalise: bool = False,
 ) -> Policy:
-    """Cut the attention edges from one set of groups to another: `sparing.apply(model, knock_out(...), execute="dense")`.
+    """Cut the attention edges from one set of groups to another.
+
+    The result goes into `sparing.apply` like a policy, under `execute="dense"`.
 
     Args:
         queries: the groups that lose sight.

@@ -37,32 +37,39 @@ def print_summary(figures: Mapping[str, Any], console: Console) -> None:
     rows = {MODULE_NAMES[name]: values for name, values in figures["modules"].items()}
     taken = {MODULE_NAMES[name]: set(planned["plan"][name]) for name in MODULE_NAMES}
     most = max(v for row in (*rows.values(), *figures["entries"].values()) for v in row.values())
-    console.print(_blocks("left out alone, layer", rows, taken, most, console.width))
+    console.print(_blocks("left out alone, layer", rows, taken, most, console))
     entered = {kind: {layer} for kind, layer in planned["plan"]["entry"].items()}
-    console.print(_blocks("enters only at layer", figures["entries"], entered, most, console.width))
+    console.print(_blocks("enters only at layer", figures["entries"], entered, most, console))
     console.print(_parts(figures["flops"]))
     if figures["timings"]:
         console.print(_speed(figures["timings"]))
 
 
 def _blocks(
-    title: str, rows: Mapping[str, Mapping[int, float]], taken: Mapping[str, set[int]], most: float, width: int
+    title: str, rows: Mapping[str, Mapping[int, float]], taken: Mapping[str, set[int]], most: float, console: Console
 ) -> Group:
-    """Heat-map rows; brackets mark what the plan takes. Numbers where they fit."""
+    """Heat-map rows; brackets mark what the plan takes. Short numbers, or blocks alone where there is no room for them."""
     layers = sorted({layer for values in rows.values() for layer in values})
-    cell = 9 if 22 + 9 * len(layers) <= width else 3
+    # Without colours (a pipe, a file) the numbers are all there is, so they stay and lines grow long.
+    numbers = console.color_system is None or 22 + 7 * len(layers) <= console.width
+    cell = 7 if numbers else 3
     lines = [Text(f"{title:<22}" + "".join(f"{layer:^{cell}}" for layer in layers), style="dim")]
     for name, values in rows.items():
         line = Text(f"{name:>20}  ")
         for layer in layers:
             mark = "[]" if layer in taken.get(name, set()) else "  "
-            label = f"{mark[0]}{nats(values[layer]) if cell > 3 else '':^{cell - 2}}{mark[1]}"
+            label = f"{mark[0]}{_short(values[layer]) if numbers else '':^{cell - 2}}{mark[1]}"
             line.append(
                 label,
                 Style(bgcolor=_colour(intensity(values[layer], most)), color="rgb(255,255,255)", bold=mark == "[]"),
             )
         lines.append(line)
     return Group(*lines, Text())
+
+
+def _short(value: float) -> str:
+    """A signed number in five characters."""
+    return f"{value:+.2f}" if abs(value) < 9.995 else f"{value:+.1f}" if abs(value) < 99.95 else f"{value:+.0f}"
 
 
 def _colour(heat: float) -> str:

@@ -148,10 +148,8 @@ class Dense:
             keys = a.rotate(a.key(i, normed), run.cos, run.sin).transpose(1, 2)
             values = a.value(i, normed).transpose(1, 2)
         else:
-            stored = run.cache.layers[i]
+            stored: Any = run.cache.layers[i]
             keys, values = stored.keys, stored.values  # this pass's are in it already
-        assert keys is not None
-        assert values is not None
         assert plan.zeroes is not None
         readable = state.readable[i]
         readable = state.tokens.valid if readable is None else readable

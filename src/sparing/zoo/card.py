@@ -51,7 +51,7 @@ class Figures:
 
     Attributes:
         scores: per kind of problem, on the test split.
-        harder: per kind and difficulty, the share of right answers, on the same problems.
+        harder: per kind and difficulty, right answers and problems, of the same problems.
         loss: test cross-entropy of what follows `A:`, in nats per token.
         seconds: time of the training run, pauses not counted.
         parameters: trained numbers, tied ones once.
@@ -59,7 +59,7 @@ class Figures:
     """
 
     scores: dict[str, Score]
-    harder: dict[str, dict[int, float]]
+    harder: dict[str, dict[int, tuple[int, int]]]
     loss: float
     seconds: float
     parameters: int
@@ -125,7 +125,7 @@ def measure(folder: Path, *, per_task: int, seconds: float) -> Figures:
     return Figures(
         scores=scores(asked, found),
         harder={
-            task: {level: sum(group[level]) / len(group[level]) for level in sorted(group)}
+            task: {level: (sum(group[level]), len(group[level])) for level in sorted(group)}
             for task, group in marks.items()
         },
         loss=answer_loss(model, tokenizer, asked),
@@ -145,7 +145,7 @@ def write_card(recipe: Recipe, folder: Path, figures: Figures, *, hardware: Mapp
     rows = []
     for task, score in figures.scores.items():
         low, high = score.interval
-        levels = ", ".join(f"{level}: {share:.0%}" for level, share in figures.harder[task].items())
+        levels = ", ".join(f"{level}: {right}/{total}" for level, (right, total) in figures.harder[task].items())
         rows.append(f"| {task} | {score.accuracy:.1%} | {low:.1%} to {high:.1%} | {score.chance:.1%} | {levels} |")
     config = recipe.config
     per_task = next(iter(figures.scores.values())).total
@@ -196,7 +196,8 @@ need different computations, so that removing one module hurts them differently.
 
 Exact match of the final answer, greedy decoding, {per_task} test problems of each kind (seed {TEST_SEED}), with Wilson
 95% intervals. Chance is the better of a random answer of the right form and the most frequent answer of
-these problems. The last column is the accuracy by difficulty (digits, items or steps).
+these problems. The last column has right answers and problems by difficulty (digits, items or steps); no
+problem is asked twice, so that levels with few different problems weigh less here than in training.
 
 | task | accuracy | 95% interval | chance | by difficulty |
 | --- | --- | --- | --- | --- |
@@ -207,9 +208,8 @@ Loss on what follows `A:`, test problems: {figures.loss:.4f} nats per token.
 ## Limits
 
 It has seen the forms of its world and nothing else; other wording, longer lists and larger numbers were neither
-trained nor measured. Held out are whole problems, not the single-digit facts they are made of. Where a kind
-and a difficulty have few problems in all, such as comparing single digits, the test has only a handful of
-different ones. One seed; no claim about larger models follows from it.
+trained nor measured. Held out are whole problems, not the single-digit facts they are made of. One seed;
+no claim about larger models follows from it.
 
 Licence: Apache-2.0, for weights and data alike.
 """
