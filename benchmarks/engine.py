@@ -26,6 +26,12 @@ from sparing.policies import ViCA
 SHAPE = {"layers": 16, "hidden": 1024, "heads": 16, "mlp": 2816, "vocabulary": 32_000}
 READING = [0, 4, 8, 12]
 SKIPPED = 0.4
+COMBINATIONS = {
+    "bf16": (torch.bfloat16, 16),
+    "bf16_gqa": (torch.bfloat16, 4),
+    "fp32": (torch.float32, 16),
+    "fp32_gqa": (torch.float32, 4),
+}
 REACH = {
     "identity_prefill": ("<=", 1.03),
     "identity_decode": ("<=", 1.05),
@@ -229,16 +235,15 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=0, help="rounds of each timing at batch 1 (default 5 quick, 15 full)"
     )
+    parser.add_argument("--only", nargs="+", choices=COMBINATIONS, default=list(COMBINATIONS), help="of the full run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     begin = time.perf_counter()
     rounds = options.rounds or (5 if options.quick else 15)
-    combinations = [("bf16", torch.bfloat16, 16)]
-    if not options.quick:
-        combinations += [("bf16_gqa", torch.bfloat16, 4), ("fp32", torch.float32, 16), ("fp32_gqa", torch.float32, 4)]
     runs = {}
-    for name, dtype, kv_heads in combinations:
+    for name in ["bf16"] if options.quick else options.only:
+        dtype, kv_heads = COMBINATIONS[name]
         fewer = rounds if dtype == torch.bfloat16 else max(3, rounds // 3)
         steps = 8 if options.quick else 32
         runs[name] = measure(dtype, kv_heads, fewer, steps, SHAPE, "cpu", quick=options.quick)

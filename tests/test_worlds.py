@@ -126,7 +126,7 @@ def test_splits_share_no_problem_whatever_the_seeds():
         assert all(arithmetic.split_of(key) == split for key in keys[split])
 
 
-def test_a_held_out_sum_is_held_out_in_every_order_and_task():
+def test_a_held_out_sum_is_held_out_in_either_order_and_of_every_task_that_asks_for_it():
     split = {}
     for name in SPLITS:
         for made in arithmetic.examples(name, 300, seed=1, tasks=["add", "columns", "story"]):
@@ -187,7 +187,7 @@ def test_tokenizer_splits_at_the_end_of_the_prompt(tokenizer, drawn):
     for made in drawn:
         parts = [made.prompt, made.text[len(made.prompt) :]]
         ids = tokenizer(parts, add_special_tokens=False).input_ids
-        assert sum(ids, []) == tokenizer(made.text, add_special_tokens=False).input_ids
+        assert list(itertools.chain(*ids)) == tokenizer(made.text, add_special_tokens=False).input_ids
 
 
 def test_tokenizer_specials_and_size(tokenizer):

@@ -336,7 +336,8 @@ def _orders(items: Sequence) -> int:
 
 
 def _sum_key(left: int, right: int) -> str:
-    # One key for a sum in any order and in any kind of problem: a sum held out of one kind is held out of all.
+    # One key for a sum in either order and in every kind that asks for just this sum: held out of one is held out
+    # of all. Two-step stories and chains may still show it as a step.
     return f"sum {min(left, right)} {max(left, right)}"
 
 

@@ -182,8 +182,9 @@ need different computations, so that removing one module hurts them differently.
 ## Data and training
 
 - Generated text (`sparing.worlds.arithmetic`), nothing else. Problems are split by a hash of what they
-  are: 90% train, 5% validation, 5% test. A sum that is held out is held out of `add`, `columns` and
-  `story` alike.
+  are: 90% train, 5% validation, 5% test. A sum that is held out is held out in both orders and of `add`,
+  `columns` and one-step `story` alike. Steps are not split: single-digit sums, and sums and differences of the
+  size of two-step stories (below 100), may have been seen as a step of another problem.
 - {recipe.steps:,} steps of {recipe.batch * recipe.length:,} tokens,
   {recipe.steps * recipe.batch * recipe.length:,} tokens in all; seed {seed}.
 - AdamW, peak learning rate {recipe.lr:g}, {recipe.warmup} steps of warm-up, then cosine to zero; weight
@@ -208,8 +209,8 @@ Loss on what follows `A:`, test problems: {figures.loss:.4f} nats per token.
 ## Limits
 
 It has seen the forms of its world and nothing else; other wording, longer lists and larger numbers were neither
-trained nor measured. Held out are whole problems, not the single-digit facts they are made of. One seed;
-no claim about larger models follows from it.
+trained nor measured. One seed; no claim about larger
+models follows from it.
 
 Licence: Apache-2.0, for weights and data alike.
 """
