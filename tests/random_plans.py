@@ -58,7 +58,10 @@ class RandomPlans(Policy):
         weight = chance(b, t) * attend if self.weights else None
         salt = self.seed + 31 * view.layer
         sees = (lambda q, k: (q * 7 + k * 13 + salt) % 5 != 0) if self.sees and chance(1).item() < 0.5 else None
-        return LayerPlan(attend=attend, read=read, attend_weight=weight, sees=sees, capacity=self.bound(attend))
+        block = chance(b, t) * 2 if self.weights and chance(1).item() < 0.3 else None
+        return LayerPlan(
+            attend=attend, read=read, attend_weight=weight, block_weight=block, sees=sees, capacity=self.bound(attend)
+        )
 
     def plan_feed(self, view: View) -> LayerPlan:
         """The MLP, after attention."""

@@ -141,7 +141,6 @@ class DeadRouter(torch.nn.Module, Broken):
         (RemembersPrompts, "two calls"),
         (NotCausal, "says causal=True"),
         (NotReordered, "reordered"),
-        (BreaksPromise, "gathered differs from dense"),
         (CountsWrong, "feed rows"),
         (DeadRouter, "no gradient reaches"),
     ],
@@ -150,6 +149,12 @@ class DeadRouter(torch.nn.Module, Broken):
 def test_broken_policies(make, message, tiny_llama, text_batch):
     with pytest.raises(AssertionError, match=message):
         check_policy(make, tiny_llama, text_batch("left"))
+
+
+def test_broken_promise(tiny_llama, text_batch):
+    """Found by the executor itself where looking costs nothing."""
+    with pytest.raises(ValueError, match="promises at most 3 tokens a row, but a row has 17"):
+        check_policy(BreaksPromise, tiny_llama, text_batch("left"))
 
 
 def test_a_hook_left_behind():

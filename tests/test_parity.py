@@ -1,5 +1,8 @@
 """Design tests 1-3: identity, parity of the two executors on random plans, and mutations that parity must notice."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,19 +126,17 @@ def test_mutation_of_one_position():
 
 def test_bfloat16():
     """In bf16 the executors agree to bf16's own precision, in prefill and decode."""
-    model, inputs = llava("sdpa").to(torch.bfloat16), llava_batch("left")
+    # A copy: rounding the shared model would not be undone by going back to fp32.
+    model, inputs = copy.deepcopy(llava("sdpa")).to(torch.bfloat16), llava_batch("left")
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-    try:
-        policy = RandomPlans(11, 0.7)
-        extra = torch.randint(3, 90, (len(inputs["input_ids"]), 6), generator=torch.Generator().manual_seed(0))
-        dense, _ = decode(model, inputs, "dense", policy, extra)
-        fast, _ = decode(model, inputs, "gathered", policy, extra)
-        for i, (a, b) in enumerate(zip(fast, dense, strict=True)):
-            assert a.dtype == torch.bfloat16
-            mask = inputs["attention_mask"] if i == 0 else torch.ones(a.shape[:2])
-            assert relative(a.float(), b.float(), mask) <= 4e-2
-    finally:
-        model.float()
+    policy = RandomPlans(11, 0.7)
+    extra = torch.randint(3, 90, (len(inputs["input_ids"]), 6), generator=torch.Generator().manual_seed(0))
+    dense, _ = decode(model, inputs, "dense", policy, extra)
+    fast, _ = decode(model, inputs, "gathered", policy, extra)
+    for i, (a, b) in enumerate(zip(fast, dense, strict=True)):
+        assert a.dtype == torch.bfloat16
+        mask = inputs["attention_mask"] if i == 0 else torch.ones(a.shape[:2])
+        assert relative(a.float(), b.float(), mask) <= 4e-2
 
 
 def test_gradients_reach_inputs_alike():
@@ -153,6 +154,33 @@ def test_gradients_reach_inputs_alike():
     for name in grads[0].keys() | grads[1].keys():
         a, b = (g.get(name, torch.zeros(())) for g in grads)
         assert (a - b).abs().max() <= 1e-4 * max(b.abs().max().item(), 1e-4), name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_of_queries(seed, monkeypatch):
+    """Long prompts ask attention in blocks; small ones do here."""
+    monkeypatch.setattr("sparing.execute.rows.BLOCKED", 4)
+
+    class Dense(RandomPlans):
+        def plan_attend(self, view):
+            return dataclasses.replace(super().plan_attend(view), read=True)
+
+    for build, batch in CASES:
+        model, inputs = build("sdpa"), batch("left")
+        policy = Dense(seed, 0.5, sees=seed % 2 == 1)
+        extra = torch.randint(3, 90, (len(inputs["input_ids"]), 6), generator=torch.Generator().manual_seed(seed))
+        dense, _ = decode(model, inputs, "dense", policy, extra)
+        fast, _ = decode(model, inputs, "gathered", policy, extra)
+        unpadded = {**batch("none"), "use_cache": False}
+        for a, b in zip(fast, dense, strict=True):
+            mask = inputs["attention_mask"] if a is fast[0] else torch.ones(a.shape[:2])
+            assert relative(a, b, mask) <= TOLERANCE
+        with torch.no_grad():
+            found = []
+            for execute in ("dense", "gathered"):
+                with sparing.apply(model, policy, execute=execute):
+                    found.append(model(**unpadded).logits)
+        assert relative(found[1], found[0], unpadded["attention_mask"]) <= TOLERANCE
 
 
 class FixedMasks(sparing.Policy):

@@ -74,7 +74,7 @@ def test_mod_of_modules(select, capacity, family, tiny_llama, tiny_llava, text_b
 
 
 def test_mod_of_blocks(tiny_llama, text_batch):
-    """Who is not chosen has no key either; a decoded token runs where it scores as much as its prompt's k-th did."""
+    """x + r * block(x). Who is not chosen has no key either; a decoded token runs where it scores as much as its prompt's k-th did."""
     policy = seeded(lambda m: MoD.for_model(m, "paper", capacity=0.5, layers=[0, 2]))(tiny_llama)
 
     def oracle(m, x, kind, n):
@@ -84,8 +84,9 @@ def test_mod_of_blocks(tiny_llama, text_batch):
                 weight = linear(policy.routers[f"{layer}_attend"], x)[:, 0]
                 best, kth = chosen_of(weight.tolist(), n, 0.5, "topk")
                 rows = torch.tensor(best + [i for i in range(n, len(x)) if weight[i] >= kth])
-            x = x.index_add(0, rows, m.attention(layer, x, rows, rows) * weight[rows, None])
-            x = x.index_add(0, rows, m.mlp(layer, x[rows]) * weight[rows, None])
+            attention = m.attention(layer, x, rows, rows)
+            block = attention + m.mlp(layer, x[rows] + attention)
+            x = x.index_add(0, rows, block * weight[rows, None])
         return m.logits(x)
 
     compare(tiny_llama, text_batch, policy, oracle)

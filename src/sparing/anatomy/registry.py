@@ -29,11 +29,17 @@ def known_families() -> Mapping[str, type[Anatomy]]:
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
-    """The adapter of a model's family.
+    """The adapter of a model's family; of the model inside, where PEFT wraps it.
 
     Raises:
-        ValueError: the family is unknown, a text decoder inside is, or the model has no language-model head.
+        ValueError: the family is unknown, a text decoder inside is, the model has no language-model head, or `torch.compile`
+            wraps it.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "this is what torch.compile returned: give the model inside it (model._orig_mod) here; the compiled one then follows too"
+        )
+    model = getattr(model, "get_base_model", lambda: model)()
     families = known_families()
     known = ", ".join(sorted(families))
     config = getattr(model, "config", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +62,7 @@ class Run:
         self, model: nn.Module, policy: Composed, *, execute: str, tokens: TokenMap | None, force: bool
     ) -> None:
         self.anatomy = anatomy_of(model)
-        self.model, self.policy, self._tokens, self._force = model, policy, tokens, force
+        self.model, self.policy, self._tokens, self._force = self.anatomy.model, policy, tokens, force
         self.shape = self.anatomy.shape()
         for part in policy.parts():
             part.validate(self.shape)
@@ -87,22 +88,14 @@ class Run:
         with self._exit as stack:
             _applied.add(decoder)
             stack.callback(_applied.discard, decoder)
-            stack.callback(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
             if (encoder := self.anatomy.vision_encoder) is not None:
                 stack.callback(encoder.register_forward_hook(self._after_encoder).remove)
             if isinstance(self._executor, Dense):
                 stack.callback(self._executor.remove)
                 self._executor.install()
-            own = decoder.__dict__.get("forward")
-            stock = decoder.forward
-
-            def restore() -> None:
-                del decoder.forward
-                if own is not None:
-                    decoder.forward = own
-
-            stack.callback(restore)
-            decoder.forward = lambda *args, **kwargs: self._forward(stock, *args, **kwargs)
+            # Not a hook: adapters call the forward of the model inside them past its hooks.
+            stack.callback(_replace_forward(self.model, self._of_model))
+            stack.callback(_replace_forward(decoder, self._forward))
             self._exit = stack.pop_all()
         return self
 
@@ -111,12 +104,16 @@ class Run:
         self._exit.close()
         self._called_with, self._features = {}, None
 
-    def _before_model(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        """Remember what the whole model was called with: the decoder inside a vision model sees no ids."""
-        self._called_with = dict(kwargs)
-        self._features = None
+    def _of_model(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, with a note of what it was called with: the decoder inside a vision model sees no ids."""
+        self._called_with, self._features = dict(kwargs), None
         if args:
             self._called_with["input_ids"] = args[0]
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            # Whoever calls the decoder alone next speaks of other tokens.
+            self._called_with, self._features = {}, None
 
     def _after_encoder(self, _: nn.Module, __: Any, out: Any) -> None:
         self._features = out
@@ -147,10 +144,11 @@ class Run:
         state = past_key_values.state if isinstance(past_key_values, PlannedCache) else None
         self._check_cache(past_key_values, state)
         past = 0 if state is None else state.tokens.length
+        may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None and not use_cache
         if position_ids is None:
             position_ids = torch.arange(past, past + t, device=embeds.device).unsqueeze(0)
         if state is not None and state.shift is not None:
-            position_ids = position_ids - state.shift
+            position_ids = position_ids - state.shift[:, -1:]
         seen = {**self._called_with, "attention_mask": attention_mask, "position_ids": _of_batch(position_ids, b)}
         if input_ids is not None:
             seen["input_ids"] = input_ids
@@ -159,7 +157,15 @@ class Run:
             new = state.tokens
         else:
             new = new_tokens(self.anatomy, seen, embeds, state)
+            if state.idle and t > 1 and any(p.decodes and not p.idle(new) for p in self.policy.parts()):
+                # A later turn of a chat can bring the first picture.
+                state.idle = False
+                if self._executor.ragged:
+                    past_key_values.make_ragged()
             state.extend(new)
+        if may_be_packed and not state.idle:
+            _refuse_packed(position_ids)
+        state.unfinished = True
         run = Pass(
             self.anatomy,
             self.policy.parts(),
@@ -171,10 +177,9 @@ class Run:
             encoder_features=self._features,
         )
         ragged = self._executor.ragged and not state.idle
-        if use_cache and not isinstance(past_key_values, PlannedCache):
+        if not isinstance(past_key_values, PlannedCache) and (use_cache or past_key_values is not None):
             past_key_values = PlannedCache.adopt(past_key_values, state, state.depth, ragged=ragged)
-        cache = past_key_values if use_cache else None
-        run.cache = cache
+        cache = run.cache = past_key_values
         if past == 0 and not state.idle:
             before = position_ids
             embeds, position_ids = run.begin_prompt(embeds, position_ids)
@@ -184,8 +189,11 @@ class Run:
         if not ragged:
             if isinstance(self._executor, Dense):
                 self._executor.current = None if state.idle else run
+            if not state.idle and (attention_mask is not None or state.tokens.padded):
+                # The map says what is padding, also where the caller no longer does.
+                attention_mask = state.tokens.valid.long()
             try:
-                return stock(
+                out = stock(
                     # Where nothing is planned the stock model embeds its ids itself, and lets go of them as it would.
                     **({"input_ids": input_ids} if input_ids is not None and state.idle else {"inputs_embeds": embeds}),
                     attention_mask=attention_mask,
@@ -197,9 +205,13 @@ class Run:
             finally:
                 if isinstance(self._executor, Dense):
                     self._executor.current = None
+            state.unfinished = False
+            return out
         held = [embeds]
         del embeds, inputs_embeds
-        return self._gather(run, held, position_ids, cache, kwargs)
+        out = self._gather(run, held, position_ids, cache, kwargs)
+        state.unfinished = False
+        return out.to_tuple() if kwargs.get("return_dict") is False else out
 
     def _gather(
         self, run: Pass, held: list[Tensor], position_ids: Tensor, cache: PlannedCache | None, kwargs: dict[str, Any]
@@ -232,6 +244,7 @@ class Run:
         self.ledger.ablation = any(part.ablation for part in parts)
         return RunState(
             executor=self._executor.name,
+            policies=self._names(),
             tokens=tokens,
             prompt_length=tokens.length,
             idle=not self._force and all(p.idle(tokens) for p in parts),
@@ -241,11 +254,24 @@ class Run:
             readable=[None] * self.shape.depth,
         )
 
+    def _names(self) -> tuple[str, ...]:
+        """The kinds of policy that run: a cache is not continued under others."""
+        return tuple(type(part).__name__ for part in self.policy.parts())
+
     def _check_cache(self, cache: Any, state: RunState | None) -> None:
         if state is not None:
             if state.executor != self._executor.name:
                 raise ValueError(
                     f"this cache was filled under execute={state.executor!r}; go on under the same one, or start a new prompt"
+                )
+            if state.policies != self._names():
+                raise ValueError(
+                    f"this cache was filled under the policies [{', '.join(state.policies)}], not [{', '.join(self._names())}]; "
+                    "go on under the same ones, or start a new prompt"
+                )
+            if state.unfinished:
+                raise ValueError(
+                    "the last pass over this cache failed half-way, so its layers hold different tokens: start a new prompt"
                 )
             if state.ledger is not self.ledger:
                 self.ledger = state.ledger
@@ -256,6 +282,29 @@ class Run:
             raise ValueError(f"{type(cache).__name__} cannot hold a plan: pass no cache, or an empty DynamicCache")
         if cache.get_seq_length() > 0:
             raise ValueError("this cache was filled outside sparing.apply: pass no cache, or an empty DynamicCache")
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Let `forward(stock, ...)` stand in for a module's forward; returns what undoes it."""
+    own, stock = module.__dict__.get("forward"), module.forward
+
+    def restore() -> None:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+    # Wrapped, because `generate` looks at the signature.
+    module.forward = functools.wraps(stock)(functools.partial(forward, stock))
+    return restore
+
+
+def _refuse_packed(position_ids: Tensor) -> None:
+    """Raise `ValueError` where the stock model would take a row for several sequences; waits for the device once."""
+    if bool((position_ids.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "position_ids with gaps and no attention_mask mean several sequences in a row to transformers: pass "
+            "attention_mask (ones) if each row is one sequence, else one row a sequence, or hide them with LayerPlan.sees"
+        )
 
 
 def _of_batch(position_ids: Tensor, batch: int) -> Tensor:

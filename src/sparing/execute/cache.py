@@ -20,6 +20,7 @@ class RunState:
 
     Attributes:
         executor: which executor made it.
+        policies: names of the policies that it was made under.
         tokens: every token so far.
         prompt_length: tokens of the prompt, padding included.
         idle: whether the stock forward runs (no policy has anything to say about this prompt).
@@ -27,10 +28,12 @@ class RunState:
         ledger: the record of this prompt.
         dropped_at: `[b T]`, the layer from which a token is dropped (the depth, if it never is); `None` if none is.
         readable: one `[b T]` mask a layer of what can be read (`dense` only); `None` where nothing was hidden.
-        shift: `[b]`, how far positions moved when the prompt was re-indexed.
+        shift: `[b n]`, how far the position of each prompt token moved when the prompt was re-indexed.
+        unfinished: whether a pass is under way, or failed half-way.
     """
 
     executor: str
+    policies: tuple[str, ...]
     tokens: TokenMap
     prompt_length: int
     idle: bool
@@ -40,6 +43,7 @@ class RunState:
     dropped_at: Tensor | None = None
     readable: list[Tensor | None] = dataclasses.field(default_factory=list)
     shift: Tensor | None = None
+    unfinished: bool = False
 
     def extend(self, new: TokenMap) -> None:
         """Take in the tokens of another pass."""
@@ -60,6 +64,9 @@ class RunState:
     def crop(self, length: int) -> None:
         """Forget the tokens after the first `length`."""
         self.tokens = self.tokens.crop(length)
+        self.prompt_length = min(self.prompt_length, length)
+        self.shift = None if self.shift is None else self.shift[:, :length]
+        self.ledger.crop(length)
         self.dropped_at = None if self.dropped_at is None else self.dropped_at[:, :length]
         self.readable = [None if r is None else r[:, :length] for r in self.readable]
 
@@ -193,6 +200,17 @@ class PlannedCache(DynamicCache):
             planned.layer_class_to_replicate = None
         return planned
 
+    def make_ragged(self) -> None:
+        """Turn the layers that the stock forward filled into ragged ones."""
+        tokens = self.state.tokens
+        index = torch.arange(tokens.length, device=tokens.group.device).expand(tokens.batch, -1)
+        index = torch.where(tokens.valid, index, -1) if tokens.padded else index
+        layers, self.layers = self.layers, [RaggedLayer(self.state) for _ in range(self.state.depth)]
+        for ragged, layer in zip(self.layers, layers, strict=True):
+            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None  # noqa: PT018
+            ragged.append(layer.keys, layer.values, index, tokens.padded)
+        self.layer_class_to_replicate = None
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows, as beam search does."""
         self._select(beam_idx)
@@ -210,11 +228,13 @@ class PlannedCache(DynamicCache):
         """Remove the last tokens; a negative number says how many.
 
         Raises:
-            ValueError: the number is positive (as in transformers, where that form is gone).
+            ValueError: the number is positive (as in transformers, where that form is gone), or no token would be left.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove")
         length = self.state.tokens.length + tokens_to_remove
+        if length < 1:
+            raise ValueError(f"crop({tokens_to_remove}) leaves none of {self.state.tokens.length} tokens: start a new prompt")
         for layer in self.layers:
             if isinstance(layer, RaggedLayer):
                 layer.crop_to(length)

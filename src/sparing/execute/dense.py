@@ -68,8 +68,12 @@ class Dense:
                 mixed = mixed if some is None else torch.where(some, mixed, 0)
                 return None if mixed is args[0] else (mixed, *args[1:])
 
+            def after_layer(_: nn.Module, __: Any, out: Any, i: int = i) -> Any:
+                return self._after_layer(i, out) if self.current else None
+
             self._handles += [
                 layer.register_forward_pre_hook(before_layer, with_kwargs=True),
+                layer.register_forward_hook(after_layer),
                 a.attention_end(i).register_forward_hook(after_attention),
                 a.output_projection(i).register_forward_pre_hook(before_projection),
                 a.mlp_norm(i).register_forward_pre_hook(before_mlp),
@@ -135,6 +139,7 @@ class Dense:
             query = key[run.start :].expand(b, -1)
             slots = torch.where(shown, key.expand(b, -1), -1)
             may, some = run.visible(query, slots, plan.sees)
+            assert some is not None
             return may, some
 
         return run.memo(("mask", id(readable), id(plan.sees)), build, readable, plan.sees)
@@ -166,7 +171,16 @@ class Dense:
 
     def _before_mlp(self, i: int, x: Tensor) -> None:
         if self.current is not None:
-            self._plans[i] = self.current.plan_feed(i, lambda: x, self._inputs.pop(i), self._plans[i])
+            self._plans[i] = self.current.plan_feed(i, lambda: x, self._inputs[i], self._plans[i])
+
+    def _after_layer(self, i: int, out: Any) -> Any:
+        """Weight what the whole layer added."""
+        before, weight = self._inputs.pop(i), self._plans[i].block_weight
+        if weight is None:
+            return None
+        x = out[0] if isinstance(out, tuple) else out
+        x = before + weight.unsqueeze(-1).to(x.dtype) * (x - before)
+        return (x, *out[1:]) if isinstance(out, tuple) else x
 
     def _gate(self, out: Any, mask: Mask, weight: Tensor | None) -> Any:
         """Multiply a branch by its gate: by the weight where there is one (gradients pass), by the mask otherwise."""
@@ -175,6 +189,9 @@ class Dense:
         branch = out[0] if isinstance(out, tuple) else out
         if weight is not None:
             gated = branch * weight.unsqueeze(-1).to(branch.dtype)
+            # A straight-through gate learns from the branches that it leaves out; any other weight ends with its mask.
+            if mask is not True and not weight.requires_grad:
+                gated = torch.where(mask.unsqueeze(-1), gated, 0) if isinstance(mask, Tensor) else torch.zeros_like(branch)
         elif isinstance(mask, Tensor):
             gated = torch.where(mask.unsqueeze(-1), branch, 0)
         else:

@@ -40,16 +40,18 @@ class Gathered:
         anatomy = self.anatomy
         self._eager = anatomy.attention_backend == "eager"
         looks_back = any(p.looks_back for p in run.policies)
-        x = Residual(held.pop(), in_place=not torch.is_grad_enabled() and not looks_back)
+        x = Residual(held.pop(), in_place=not torch.is_grad_enabled())
         hidden: list[Tensor] = []
         for layer in range(len(anatomy.layers)):
             if keep_hidden:
                 hidden.append(x.whole().clone())
             # Kept only for those who look back: it is a whole residual stream.
-            layer_input = x.whole() if looks_back else None
+            layer_input = x.keep() if looks_back else None
             plan = run.plan_attend(layer, x.whole)
             assert plan.zeroes is None, "ablations are refused when applied"
             _refuse_gate_gradients(plan.attend_weight)
+            _refuse_gate_gradients(plan.block_weight)
+            before = None if plan.block_weight is None else x.keep()
             branch, rows = self._attention(run, layer, x, plan)
             if branch is not None:
                 x.add(rows, _weighted(branch, plan.attend_weight, rows))
@@ -59,13 +61,16 @@ class Gathered:
             if not rows.none:
                 branch = anatomy.mlp(layer)(anatomy.mlp_norm(layer)(x.take(rows)))
                 x.add(rows, _weighted(anatomy.finish_mlp(layer, branch), plan.feed_weight, rows))
+            if before is not None and plan.block_weight is not None:
+                x.replace(before + plan.block_weight.unsqueeze(-1).to(before.dtype) * (x.whole() - before))
         last = anatomy.decoder.norm(x.whole())
         return last, (*hidden, last) if keep_hidden else ()
 
     def _attention(self, run: Pass, layer: int, x: Residual, plan: LayerPlan) -> tuple[Tensor | None, Rows]:
         """The attention branch of the attending rows, packed; `None` if there are none."""
         anatomy = self.anatomy
-        readers, written = run.rows(plan.attend, plan.capacity), run.rows(plan.read)
+        readers = run.rows(plan.attend, plan.capacity, blocked=True)
+        written = run.rows(plan.read)
         norm = anatomy.attention_norm(layer)
         stored = run.cache.layers[layer] if run.cache is not None else None
         assert stored is None or isinstance(stored, RaggedLayer)
@@ -114,9 +119,27 @@ class Gathered:
             causal = readers.width > 1
         elif not (readers is written and readers.width == 1 and not holes and not readers.ragged and plan.sees is None):
             at = run.memo(("index", id(readers)), lambda: _shifted(readers.index, run.start), readers)
-            mask, some = run.visible(at, index, plan.sees)
-        mixed = self._core(layer, query, keys, values, mask, causal)
-        if some is not None and not (plan.sees is None and (readers is written or written.every)):
+            # Whoever reads every token sees at least itself.
+            certain = written.every and plan.sees is None and not readers.ragged
+            mask, some = run.visible(at, index, plan.sees, certain=certain)
+        if mask is not None and alone and written.every:
+            mixed = torch.cat(
+                [
+                    self._core(
+                        layer,
+                        query[:, :, first:stop],
+                        keys[:, :, :reach],
+                        values[:, :, :reach],
+                        mask[:, first:stop, :reach],
+                        causal,
+                    )
+                    for first, stop, reach in readers.blocks()
+                ],
+                dim=1,
+            )
+        else:
+            mixed = self._core(layer, query, keys, values, mask, causal)
+        if some is not None and not (plan.sees is None and readers is written):
             mixed = torch.where(some, mixed, 0)
         out = anatomy.project(layer, readers.unpad(mixed))
         return anatomy.finish_attention(layer, out), readers

@@ -77,7 +77,9 @@ class Pass:
         if view.position_ids is not position_ids:
             if position_ids.ndim != 2:
                 raise ValueError("re-indexing positions of several axes (M-RoPE) is not supported: keep the positions")
-            self.state.shift = (position_ids - view.position_ids)[:, -1:].expand(self.new.batch, 1)
+            self.state.shift = (position_ids - view.position_ids).expand(self.new.batch, -1)
+            moved = view.position_ids.expand(self.new.batch, -1)
+            self.state.tokens = self.new = dataclasses.replace(self.new, position_ids=moved)
         return view.embeds, view.position_ids
 
     def plan_attend(self, layer: int, residual: Callable[[], Tensor]) -> LayerPlan:
@@ -98,7 +100,9 @@ class Pass:
         for policy, memory in self._deciding():
             view = view or LayerView(self, layer, residual, layer_input, attended=True, plan=plan)
             view.state = memory
-            plan = plan.feeding(policy.plan_feed(view))
+            decided = policy.plan_feed(view)
+            self._check_mask("feed", decided.feed)
+            plan = plan.feeding(decided)
         record = self.record.layers[layer]
         record.attend, record.feed, record.sees = plan.attend, plan.feed, plan.sees
         record.read = plan.read
@@ -118,10 +122,9 @@ class Pass:
                     f"or for all {self.state.tokens.length} so far"
                 )
             long, read = read, read[:, self.start :]
+        for name, mask in (("attend", plan.attend), ("feed", plan.feed), ("read", read)):
+            self._check_mask(name, mask)
         self.record.layers[layer].freed = self.freed(layer, long)
-        for name, mask in (("attend", plan.attend), ("feed", plan.feed)):
-            if isinstance(mask, Tensor) and mask.shape[-1] != self.new.length:
-                raise ValueError(f"LayerPlan.{name} covers {mask.shape[-1]} tokens; this pass has {self.new.length}")
         here = self.here(layer)
         if here is True and read is plan.read:
             return plan
@@ -134,6 +137,18 @@ class Pass:
         return dataclasses.replace(
             plan, attend=attend, feed=feed, read=read, attend_weight=attend_weight, feed_weight=feed_weight
         )
+
+    def _check_mask(self, name: str, mask: Mask) -> None:
+        """Raise `ValueError` unless a plan's mask is boolean and speaks of this pass's tokens."""
+        if not isinstance(mask, Tensor):
+            return
+        if mask.shape[-1] != self.new.length:
+            raise ValueError(f"LayerPlan.{name} covers {mask.shape[-1]} tokens; this pass has {self.new.length}")
+        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[0] not in (1, self.new.batch):
+            raise ValueError(
+                f"LayerPlan.{name} is {mask.dtype} of shape {tuple(mask.shape)}; give a boolean mask "
+                f"[{self.new.batch} {self.new.length}] (weights go in attend_weight and feed_weight)"
+            )
 
     def here(self, layer: int) -> Mask:
         """Which new tokens are neither padding nor dropped in this layer; `True` if all are."""
@@ -163,7 +178,7 @@ class Pass:
 
     def freed(self, layer: int, read: Tensor | None) -> Tensor | None:
         """Which cached tokens `[b past]` this pass frees in a layer: those hidden by a plan's `read`, those dropped now."""
-        freed = None if read is None else ~read[:, : self.start]
+        freed = None if read is None else ~read[:, : self.start].expand(self.new.batch, -1)
         if self.start and self.state.dropped_at is not None and any(level <= layer for level in self._drops):
             dropped = self.state.dropped_at[:, : self.start] <= layer
             freed = dropped if freed is None else freed | dropped
@@ -197,32 +212,42 @@ class Pass:
             return both(a, b)
         return self.memo(("meet", id(a), id(b)), lambda: both(a, b), a, b)
 
-    def rows(self, mask: Mask, capacity: int | None = None) -> Rows:
+    def rows(self, mask: Mask, capacity: int | None = None, *, blocked: bool = False) -> Rows:
         """The row choice of a mask, shared between layers."""
         key = mask if isinstance(mask, bool) else id(mask)
         b, t = self.new.batch, self.new.length
-        return self.memo(("rows", key), lambda: Rows(mask, b, t, self.device, capacity), mask)
+        return self.memo(("rows", key), lambda: Rows(mask, b, t, self.device, capacity, blocked=blocked), mask)
 
     def angles(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Cosines and sines of chosen rows."""
         return self.memo(("angles", id(rows)), lambda: (rows.take(self.cos), rows.take(self.sin)), rows)
 
-    def visible(self, query: Tensor, key: Tensor, sees: Sees | None) -> tuple[Tensor, Tensor]:
-        """`[b q k]`, which slots each query may read, and `[b q 1]`, whether there is any.
+    def visible(
+        self, query: Tensor, key: Tensor, sees: Sees | None, *, certain: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[b q k]`, which slots each query may read, and `[b q 1]`, whether there is any (`None` if that is `certain`).
 
         query `[b q]` and key `[b k]` hold original indices, -1 in empty slots. Queries that may read nothing are let see
         everything, so that no softmax runs over nothing: the caller zeroes their result.
         """
         return self.memo(
-            ("visible", id(query), id(key), id(sees)), lambda: _visible(query, key, sees), query, key, sees
+            ("visible", id(query), id(key), id(sees), certain),
+            lambda: _visible(query, key, sees, certain=certain),
+            query,
+            key,
+            sees,
         )
 
 
-def _visible(query: Tensor, key: Tensor, sees: Sees | None) -> tuple[Tensor, Tensor]:
+def _visible(
+    query: Tensor, key: Tensor, sees: Sees | None, *, certain: bool = False
+) -> tuple[Tensor, Tensor | None]:
     q, k = query.unsqueeze(2), key.unsqueeze(1)
     may = (k <= q) & (k >= 0)
     if sees is not None:
         may = may & sees(q, k)
+    if certain:
+        return may, None
     some = may.any(-1, keepdim=True)
     return may | ~some, some
 
@@ -329,6 +354,7 @@ class LayerView(View):
         logits = (q @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * anatomy.scaling(layer)
         # Not through the pass's memo, which would keep a mask for every chunk of queries.
         may, some = _visible(queries + run.start, index, self._plan.sees if self._plan else None)
+        assert some is not None
         open_slot = readable.gather(1, index.clamp(min=0)) & (index >= 0)
         may = may & some & open_slot[:, None]
         logits = logits.float().masked_fill(~may[:, None], float("-inf"))
@@ -373,10 +399,11 @@ def new_tokens(anatomy: Anatomy, inputs: Mapping[str, Any], embeds: Tensor, stat
     b, t = embeds.shape[:2]
     past = 0 if state is None else state.tokens.length
     mask = inputs.get("attention_mask")
+    all_open = mask is None or state is None or _continues(mask, state, t)
     if state is not None and t == 1:
         group = torch.full((b, 1), int(Group.TEXT), dtype=torch.int8, device=embeds.device)
         present = frozenset({Group.TEXT})
-        if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
+        if not all_open:
             group, present = torch.where(mask[:, -1:] == 0, int(Group.PAD), group), frozenset()
         segment = _no_segment(state, group)
         return TokenMap(group, inputs["position_ids"], ((),) * b, segment, _ids_of(inputs, b, t), present)
@@ -385,7 +412,41 @@ def new_tokens(anatomy: Anatomy, inputs: Mapping[str, Any], embeds: Tensor, stat
     if state is None:
         return tokens
     images = tuple(tuple(s._replace(start=s.start + past, stop=s.stop + past) for s in row) for row in tokens.images)
-    return dataclasses.replace(tokens, images=images, segment=_no_segment(state, tokens.group))
+    group, present = tokens.group, tokens.present
+    if Group.SYSTEM in present and any(state.tokens.images):
+        # What precedes a row's later pictures is text.
+        again = torch.tensor([bool(row) for row in state.tokens.images], device=group.device).unsqueeze(1)
+        group, present = torch.where(again & (group == Group.SYSTEM), int(Group.TEXT), group), frozenset()
+    return dataclasses.replace(
+        tokens, group=group, images=images, segment=_no_segment(state, group), present=present
+    )
+
+
+def _continues(mask: Tensor, state: RunState, new: int) -> bool:
+    """Whether a mask leaves all new tokens open; waits for the device once.
+
+    Raises:
+        ValueError: a mask that is not 2-D, of another length, or with other padding before the new tokens than at first.
+    """
+    past, valid = state.tokens.length, state.tokens.valid
+    if mask.ndim != 2 and not state.idle:
+        raise ValueError(
+            f"attention_mask has {mask.ndim} dimensions: pass the 2-D padding mask, and express the rest with LayerPlan.sees"
+        )
+    if state.idle:
+        return mask.ndim != 2 or bool(mask[:, -new:].all())
+    if mask.shape[-1] != past + new:
+        raise ValueError(
+            f"attention_mask covers {mask.shape[-1]} tokens: give one entry for each of the {past} so far and the {new} new ones"
+        )
+    unchanged = ((mask[:, :past] != 0) == valid).all()
+    same, open_ = torch.stack([unchanged, mask[:, past:].all()]).tolist()
+    if not same:
+        raise ValueError(
+            "attention_mask hides or shows other cached tokens than before: keep its first part as it was, and say what "
+            "can no longer be read with LayerPlan.read"
+        )
+    return bool(open_)
 
 
 def _ids_of(inputs: Mapping[str, Any], batch: int, length: int) -> Tensor | None:

@@ -11,12 +11,14 @@ from torch import Tensor
 from sparing.plan import LayerPlan, Ledger, ModelShape, Policy, PromptView, View
 from sparing.tokens import TokenMap
 
+WEIGHTS = ("attend", "feed", "block")
+
 
 class Recorder(Policy):
     """Decides as `inner` does, and notes what the ledger does not: branch weights, promised capacities, the map.
 
     Attributes:
-        weights: branch weights by (first index of the pass, layer, "attend" | "feed").
+        weights: weights by (first index of the pass, layer, "attend" | "feed" | "block").
         capacities: every promise made.
         tokens: the map of all tokens so far.
     """
@@ -64,7 +66,8 @@ class Recorder(Policy):
 
     def _note(self, view: View, plan: LayerPlan) -> LayerPlan:
         start = view.tokens.length - view.new.length
-        for name, weight in (("attend", plan.attend_weight), ("feed", plan.feed_weight)):
+        for name in WEIGHTS:
+            weight = getattr(plan, f"{name}_weight")
             if weight is not None:
                 at = (start, view.layer, name)
                 self.weights[at] = weight.detach() * self.weights.get(at, torch.ones(()))
@@ -87,7 +90,7 @@ class Replay(Policy):
         self.feed = [ledger.feed(layer) for layer in range(depth)]
         self.may = [readable_pairs(ledger, layer) for layer in range(depth)]
         self._weights = [
-            {name: _weight(ledger, recorders, layer, name) for name in ("attend", "feed")} for layer in range(depth)
+            {name: _weight(ledger, recorders, layer, name) for name in WEIGHTS} for layer in range(depth)
         ]
 
     def plan_attend(self, view: View) -> LayerPlan:
@@ -101,7 +104,7 @@ class Replay(Policy):
 
         attend, feed = self.attend[layer].to(device), self.feed[layer].to(device)
         weights: dict[str, Any] = {}
-        for name, mask in (("attend", attend), ("feed", feed)):
+        for name, mask in (("attend", attend), ("feed", feed), ("block", torch.ones_like(attend))):
             weight = self._weights[layer][name]
             weights[f"{name}_weight"] = None if weight is None else weight.to(device) * mask
         return LayerPlan(attend=attend, feed=feed, sees=sees, **weights)

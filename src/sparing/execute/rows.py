@@ -8,6 +8,10 @@ from torch import Tensor
 from sparing.plan.layer_plan import Mask
 
 
+BLOCKED = 128
+"""From this many queries on attention is asked in blocks."""
+
+
 class Rows:
     """A choice of tokens in a `[b t]` batch. "Packed" is how the chosen rows lie in matrix products.
 
@@ -21,9 +25,19 @@ class Rows:
         length: tokens a row.
         device: where the indices shall live.
         capacity: a promised bound on the tokens a row; with it nothing waits for the device.
+        blocked: whether to find out what `blocks` needs.
     """
 
-    def __init__(self, mask: Mask, batch: int, length: int, device: torch.device, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        mask: Mask,
+        batch: int,
+        length: int,
+        device: torch.device,
+        capacity: int | None = None,
+        *,
+        blocked: bool = False,
+    ) -> None:
         self.batch, self.length = batch, length
         self.every = mask is True
         self.none = mask is False
@@ -33,17 +47,20 @@ class Rows:
         self._flat: Tensor | None = None
         self._slot: Tensor | None = None
         self._empty: Tensor | None = None
+        self._cuts: list[int] = []
         if isinstance(mask, Tensor):
-            self._index(mask, capacity)
+            self._index(mask, capacity, blocked)
         else:
             self.index = torch.arange(self.width, device=device).expand(batch, self.width)
 
-    def _index(self, mask: Tensor, capacity: int | None) -> None:
+    def _index(self, mask: Tensor, capacity: int | None, blocked: bool) -> None:
         """Find the chosen tokens; one transfer to the host (none with a capacity)."""
         b, t = self.batch, self.length
         if mask.shape[0] != b:
             mask = mask.expand(b, t)
         if capacity is not None:
+            if mask.device.type == "cpu":
+                _check_promise(mask, capacity)
             # A stable sort puts the chosen ones first, in order; what is beyond them is an empty slot.
             self.width = min(capacity, t)
             order = torch.argsort(~mask, dim=1, stable=True)[:, : self.width]
@@ -53,11 +70,16 @@ class Rows:
             self._flat = (order + torch.arange(b, device=mask.device)[:, None] * t).flatten()
             self._empty = ~chosen
             return
-        count = mask.sum(1)
-        first = mask.int().argmax(1)
-        last = t - 1 - mask.flip(1).int().argmax(1)
-        counts, firsts, lasts = torch.stack([count, first, last]).tolist()
+        # How many tokens lie before the first, the last, and (for `blocks`) what follows each quarter of the widest choice.
+        rank = mask.cumsum(1)
+        count = rank[:, -1]
+        bounds = [torch.ones_like(count), count]
+        if blocked and t >= BLOCKED:
+            bounds += [(count.max() * quarter // 4 + 1).expand(b) for quarter in (1, 2, 3)]
+        before = (rank.unsqueeze(1) < torch.stack(bounds, dim=1).unsqueeze(2)).sum(2)
+        counts, firsts, lasts, *cuts = torch.cat([count.unsqueeze(1), before], dim=1).T.tolist()
         self.width = max(counts)
+        self._cuts = [max(cut) for cut in cuts]
         self.uniform = min(counts) == self.width
         if self.width == 0:
             self.none, self.index = True, mask.new_zeros((b, 0), dtype=torch.long)
@@ -78,6 +100,16 @@ class Rows:
         self.index = torch.full((b * self.width,), -1, device=mask.device)
         self.index[self._slot] = self._flat % t
         self.index = self.index.view(b, self.width)
+
+    def blocks(self) -> list[tuple[int, int, int]]:
+        """Stretches `(first, stop, reach)` of the padded slots; no token of one lies at or after `reach` in its row.
+
+        A masked attention kernel computes whole rows of scores; asking in blocks leaves out keys that are all in the future.
+        """
+        if not self._cuts or self.width < BLOCKED:
+            return [(0, self.width, self.length)]
+        stops = [self.width * quarter // 4 for quarter in (1, 2, 3)]
+        return list(zip([0, *stops], [*stops, self.width], [*self._cuts, self.length], strict=True))
 
     @property
     def ragged(self) -> bool:
@@ -126,6 +158,13 @@ class Rows:
         return self._flat
 
 
+def _check_promise(mask: Tensor, capacity: int) -> None:
+    """Raise `ValueError` if a row has more chosen tokens than promised. Only on the host: elsewhere looking means waiting."""
+    most = max(mask.numpy().sum(1), default=0)
+    if most > capacity:
+        raise ValueError(f"LayerPlan.capacity promises at most {capacity} tokens a row, but a row has {most}")
+
+
 class Residual:
     """The residual stream `[b t d]`, written to only when someone else looks.
 
@@ -134,7 +173,7 @@ class Residual:
 
     Args:
         x: `[b t d]`, the prompt's embeddings; never written to.
-        in_place: whether later streams may be written to (no gradients, and nobody keeps a layer's input).
+        in_place: whether later streams may be written to (they may not where gradients need their old values).
     """
 
     def __init__(self, x: Tensor, *, in_place: bool) -> None:
@@ -150,6 +189,17 @@ class Residual:
             self._owned, self._changed = True, False
         return self._whole
 
+    def keep(self) -> Tensor:
+        """The stream as it stands, never to be written to: the next change makes a new one."""
+        whole = self.whole()
+        self._owned = False
+        return whole
+
+    def replace(self, x: Tensor) -> None:
+        """Put another stream in its place."""
+        self._whole, self._owned, self._changed = x, True, False
+        self._rows = self._packed = None
+
     def take(self, rows: Rows) -> Tensor:
         """Packed rows of the stream."""
         if rows is not self._rows or self._packed is None:
@@ -164,7 +214,6 @@ class Residual:
         packed = self.take(rows) + branch
         if rows.every:
             # The sum is the new stream; holding the old one as well would cost memory.
-            self._whole, self._owned, self._changed = packed, True, False
-            self._rows = self._packed = None
+            self.replace(packed)
         else:
             self._packed, self._changed = packed, True

@@ -24,12 +24,15 @@ class LayerPlan:
             A token that does not attend keeps its residual; its key and value, if read, come from that residual.
         attend_weight: `[b t]`, a real weight on the attention branch's output. It must be zero where `attend` is `False`.
         feed_weight: `[b t]`, the same for the MLP branch.
+        block_weight: `[b t]`, a real weight on what the whole layer adds to the residual, both branches together. Given before
+            attention; the MLP still reads the unweighted sum with attention.
         sees: a mask on top of causality and padding. Called with query indices `[b q 1]` and key indices `[b 1 k]`, both in
             original order, it returns what broadcasts to `[b q k]`: `True` where the query may read the key.
         zeroes: an ablation, not a plan: `True` where an attention weight is set to zero after the softmax, the others staying as
             they are. Called as `sees` is; `dense` only.
         capacity: a promise that no row has more than this many `True` tokens in `attend` and `feed`, where those are
-            tensors. It saves the fast executor its one wait for the device.
+            tensors. It saves the fast executor its one wait for the device. A false promise is an error on the CPU; on an
+            accelerator, where checking would mean waiting, rows beyond it are left out.
 
     A key that is not readable is hidden before the softmax; a query with no readable key has a zero attention result before the
     output projection.
@@ -40,6 +43,7 @@ class LayerPlan:
     read: Mask = True
     attend_weight: Tensor | None = None
     feed_weight: Tensor | None = None
+    block_weight: Tensor | None = None
     sees: Sees | None = None
     zeroes: Sees | None = None
     capacity: int | None = None
@@ -53,6 +57,7 @@ class LayerPlan:
             and self.read is True
             and self.attend_weight is None
             and self.feed_weight is None
+            and self.block_weight is None
             and self.sees is None
             and self.zeroes is None
         )
@@ -73,6 +78,7 @@ class LayerPlan:
             read=both_reads(self.read, other.read),
             attend_weight=_weights(self.attend_weight, self.attend, other.attend_weight, other.attend),
             feed_weight=_weights(self.feed_weight, self.feed, other.feed_weight, other.feed),
+            block_weight=_product(self.block_weight, other.block_weight),
             sees=_both_see(self.sees, other.sees),
             zeroes=_either_zeroes(self.zeroes, other.zeroes),
             capacity=_capacity(self.capacity, other.capacity),
@@ -121,13 +127,17 @@ def _weights(wa: Tensor | None, ma: Mask, wb: Tensor | None, mb: Mask) -> Tensor
     """Multiply two branch weights; each is also zeroed where the other plan leaves the branch out."""
     if wa is None and wb is None:
         return None
-    weight = wa if wb is None else wb if wa is None else wa * wb
+    weight = _product(wa, wb)
     assert weight is not None
     # A weight already vanishes where its own plan says no: only the other plan's mask is missing.
     for own, mask in ((wa, mb), (wb, ma)):
         if own is not None and mask is not True:
             weight = weight * (mask.to(weight.dtype) if isinstance(mask, Tensor) else 0.0)
     return weight
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a * b
 
 
 def _both_see(a: Sees | None, b: Sees | None) -> Sees | None:

@@ -59,11 +59,12 @@ class PassRecord:
 class Ledger:
     """What was decided, and what it cost. One schema for every method.
 
-    The executors record references to the plans' own masks and wait for nothing; counting happens when asked.
+    The executors record references to the plans' own masks and wait for nothing; counting happens when asked. Tables have the
+    rows and tokens that the cache has now: reordered by beams, without what was cropped. Costs are of all that was computed.
 
     Attributes:
         shape: the model's sizes.
-        passes: one record a forward pass: the prompt's, then the decoded tokens'. Rows are those of the last pass.
+        passes: one record a forward pass: the prompt's, then the decoded tokens'.
         ablation: set by ablations; such a run is never a speed-up.
     """
 
@@ -72,19 +73,26 @@ class Ledger:
         self.passes: list[PassRecord] = []
         self.ablation = False
         self._reorder: Tensor | None = None
+        self._cropped: int | None = None
 
     def begin(self, record: PassRecord) -> None:
         """Open the record of another pass."""
-        record.reorder, self._reorder = self._reorder, None
+        record.reorder, self._reorder, self._cropped = self._reorder, None, None
         self.passes.append(record)
 
     def reorder(self, rows: Int[Tensor, " b"]) -> None:
         """Note that the rows of the next pass continue these rows (beams)."""
         self._reorder = rows if self._reorder is None else self._reorder[rows]
 
+    def crop(self, length: int) -> None:
+        """Note that the tokens from `length` on are forgotten."""
+        self._cropped = length
+
     @property
     def length(self) -> int:
         """Tokens a row so far, padding included."""
+        if self._cropped is not None:
+            return self._cropped
         return self.passes[-1].start + self.passes[-1].length if self.passes else 0
 
     def attend(self, layer: int) -> Bool[Tensor, "b T"]:
@@ -107,7 +115,7 @@ class Ledger:
     def states(self) -> Int[Tensor, "layers 2 b T"]:
         """The whole table of `TokenState`: layer x (attention, MLP) x row x token."""
         self._require_passes()
-        b, n, depth = self.passes[-1].batch, self.length, self.shape.depth
+        (b, n), depth = self.attend(0).shape, self.shape.depth
         table = torch.full((depth, 2, b, n), int(TokenState.GONE), dtype=torch.int8)
         # Downward through the layers: whoever is used later is merely skipped here, not gone.
         later = torch.zeros(b, n, dtype=torch.bool)
@@ -161,6 +169,7 @@ class Ledger:
         for p in self.passes:
             layers = [LayerRecord(True, True, True) for _ in p.layers]
             full.passes.append(dataclasses.replace(p, layers=layers))
+        full._reorder, full._cropped = self._reorder, self._cropped
         return full.cost()
 
     def _walk(self, layer: int) -> tuple[list[int], Bool[Tensor, "b T"]]:
@@ -185,14 +194,19 @@ class Ledger:
                 may = record.sees(query[None, :, None], key[None, None, :]).cpu() & kept[:, None]
                 may = may & (key[None, None] <= query[None, :, None])
                 pairs.append(int((may & attend[:, :, None]).sum()))
-        return pairs, kept
+        return pairs, self._now(kept)
 
     def _column(self, layer: int, part: Callable[[LayerRecord], Mask]) -> Bool[Tensor, "b T"]:
         self._require_passes()
         column = torch.zeros(self.passes[0].batch, 0, dtype=torch.bool)
         for p in self.passes:
             column = torch.cat([p.history(column), _fill(part(p.layers[layer]), p)], dim=1)
-        return column
+        return self._now(column)
+
+    def _now(self, columns: Tensor) -> Tensor:
+        """Columns `[b T]` as they are after the last pass."""
+        columns = columns[:, : self.length]
+        return columns if self._reorder is None else columns.index_select(0, self._reorder.cpu())
 
     def _require_passes(self) -> None:
         if not self.passes:

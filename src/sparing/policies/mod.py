@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -47,9 +46,8 @@ class MoD(nn.Module, Policy):
 
     Paper: Mixture-of-Depths (2404.02258), eq. 1, `preset="paper"`: blocks, exactly k, every second layer (from the
         paper as told by others: it was not at hand).
-    Differs: the paper weights the sum of a block's two branches; here each branch has the weight, so the MLP reads x
-        + r * attention. Its decoding (a predictor trained beside the router) is not offered: `prompt` and `threshold`
-        need no training. `preset="release"` is `mod_twice` of LRM-Pruning (2601.18091): modules, strictly above. With
+    Differs: its decoding (a predictor trained beside the router) is not offered: `prompt` and `threshold` need no
+        training. `preset="release"` is `mod_twice` of LRM-Pruning (2601.18091): modules, strictly above. With
         a cache that code sees one token at a time, so k is 1 and all decoded tokens run at nominally any capacity:
         `decode="full"`, its preset. It counts padding in n, which is not done here.
     """
@@ -140,7 +138,7 @@ class MoD(nn.Module, Policy):
             self._seen = None
 
     def plan_attend(self, view: View) -> LayerPlan:
-        """Score, choose, and weight both branches."""
+        """Score, choose, and weight the branches or their sum."""
         if view.layer not in self.layers:
             return FULL
         b, t = view.residual.shape[:2]
@@ -158,8 +156,10 @@ class MoD(nn.Module, Policy):
         attend, feed = masks[0], masks[-1]
         # A promise about the prompt's choice alone: it is the number of tokens that saves the wait for the device.
         bound = self._bound(t) if view.prefill else None
-        plan = LayerPlan(attend=attend, feed=feed, attend_weight=weights[0], feed_weight=weights[-1], capacity=bound)
-        return dataclasses.replace(plan, read=attend) if self.route == "block" else plan
+        if self.route == "block":
+            # The score weighs the sum of both branches: the MLP reads x + attention, not x + score * attention.
+            return LayerPlan(attend=attend, feed=feed, read=attend, block_weight=weights[0], capacity=bound)
+        return LayerPlan(attend=attend, feed=feed, attend_weight=weights[0], feed_weight=weights[1], capacity=bound)
 
     def _bound(self, length: int) -> int:
         """The most tokens of a row of this length that run."""
