@@ -159,7 +159,7 @@ def test_gradients_reach_inputs_alike():
 @pytest.mark.parametrize("seed", range(4))
 def test_blocks_of_queries(seed, monkeypatch):
     """Long prompts ask attention in blocks; small ones do here."""
-    monkeypatch.setattr("sparing.execute.rows.BLOCKED", 4)
+    monkeypatch.setattr("sparing.execute.rows.BLOCK", 4)
 
     class Dense(RandomPlans):
         def plan_attend(self, view):

@@ -144,7 +144,9 @@ class Run:
         state = past_key_values.state if isinstance(past_key_values, PlannedCache) else None
         self._check_cache(past_key_values, state)
         past = 0 if state is None else state.tokens.length
-        may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None and not use_cache
+        may_be_packed = (
+            position_ids is not None and attention_mask is None and past_key_values is None and not use_cache
+        )
         if position_ids is None:
             position_ids = torch.arange(past, past + t, device=embeds.device).unsqueeze(0)
         if state is not None and state.shift is not None:

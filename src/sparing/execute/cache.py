@@ -234,7 +234,9 @@ class PlannedCache(DynamicCache):
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove")
         length = self.state.tokens.length + tokens_to_remove
         if length < 1:
-            raise ValueError(f"crop({tokens_to_remove}) leaves none of {self.state.tokens.length} tokens: start a new prompt")
+            raise ValueError(
+                f"crop({tokens_to_remove}) leaves none of {self.state.tokens.length} tokens: start a new prompt"
+            )
         for layer in self.layers:
             if isinstance(layer, RaggedLayer):
                 layer.crop_to(length)

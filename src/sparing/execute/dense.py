@@ -191,7 +191,9 @@ class Dense:
             gated = branch * weight.unsqueeze(-1).to(branch.dtype)
             # A straight-through gate learns from the branches that it leaves out; any other weight ends with its mask.
             if mask is not True and not weight.requires_grad:
-                gated = torch.where(mask.unsqueeze(-1), gated, 0) if isinstance(mask, Tensor) else torch.zeros_like(branch)
+                gated = (
+                    torch.where(mask.unsqueeze(-1), gated, 0) if isinstance(mask, Tensor) else torch.zeros_like(branch)
+                )
         elif isinstance(mask, Tensor):
             gated = torch.where(mask.unsqueeze(-1), branch, 0)
         else:

@@ -239,9 +239,7 @@ class Pass:
         )
 
 
-def _visible(
-    query: Tensor, key: Tensor, sees: Sees | None, *, certain: bool = False
-) -> tuple[Tensor, Tensor | None]:
+def _visible(query: Tensor, key: Tensor, sees: Sees | None, *, certain: bool = False) -> tuple[Tensor, Tensor | None]:
     q, k = query.unsqueeze(2), key.unsqueeze(1)
     may = (k <= q) & (k >= 0)
     if sees is not None:
@@ -417,9 +415,7 @@ def new_tokens(anatomy: Anatomy, inputs: Mapping[str, Any], embeds: Tensor, stat
         # What precedes a row's later pictures is text.
         again = torch.tensor([bool(row) for row in state.tokens.images], device=group.device).unsqueeze(1)
         group, present = torch.where(again & (group == Group.SYSTEM), int(Group.TEXT), group), frozenset()
-    return dataclasses.replace(
-        tokens, group=group, images=images, segment=_no_segment(state, group), present=present
-    )
+    return dataclasses.replace(tokens, group=group, images=images, segment=_no_segment(state, group), present=present)
 
 
 def _continues(mask: Tensor, state: RunState, new: int) -> bool:

@@ -89,9 +89,7 @@ class Replay(Policy):
         self.attend = [ledger.attend(layer) for layer in range(depth)]
         self.feed = [ledger.feed(layer) for layer in range(depth)]
         self.may = [readable_pairs(ledger, layer) for layer in range(depth)]
-        self._weights = [
-            {name: _weight(ledger, recorders, layer, name) for name in WEIGHTS} for layer in range(depth)
-        ]
+        self._weights = [{name: _weight(ledger, recorders, layer, name) for name in WEIGHTS} for layer in range(depth)]
 
     def plan_attend(self, view: View) -> LayerPlan:
         """One layer, as it was."""

@@ -8,8 +8,8 @@ from torch import Tensor
 from sparing.plan.layer_plan import Mask
 
 
-BLOCKED = 128
-"""From this many queries on attention is asked in blocks."""
+BLOCK, MOST_BLOCKS = 64, 8
+"""Attention under a mask is asked in blocks of about this many tokens, but in no more blocks than this."""
 
 
 class Rows:
@@ -70,12 +70,13 @@ class Rows:
             self._flat = (order + torch.arange(b, device=mask.device)[:, None] * t).flatten()
             self._empty = ~chosen
             return
-        # How many tokens lie before the first, the last, and (for `blocks`) what follows each quarter of the widest choice.
+        # How many tokens lie before the first, the last, and (for `blocks`) what follows each part of the widest choice.
         rank = mask.cumsum(1)
         count = rank[:, -1]
         bounds = [torch.ones_like(count), count]
-        if blocked and t >= BLOCKED:
-            bounds += [(count.max() * quarter // 4 + 1).expand(b) for quarter in (1, 2, 3)]
+        parts = min(t // BLOCK, MOST_BLOCKS) if blocked else 1
+        if parts > 1:
+            bounds += [(count.max() * part // parts + 1).expand(b) for part in range(1, parts)]
         before = (rank.unsqueeze(1) < torch.stack(bounds, dim=1).unsqueeze(2)).sum(2)
         counts, firsts, lasts, *cuts = torch.cat([count.unsqueeze(1), before], dim=1).T.tolist()
         self.width = max(counts)
@@ -106,10 +107,10 @@ class Rows:
 
         A masked attention kernel computes whole rows of scores; asking in blocks leaves out keys that are all in the future.
         """
-        if not self._cuts or self.width < BLOCKED:
-            return [(0, self.width, self.length)]
-        stops = [self.width * quarter // 4 for quarter in (1, 2, 3)]
-        return list(zip([0, *stops], [*stops, self.width], [*self._cuts, self.length], strict=True))
+        parts = len(self._cuts) + 1
+        stops = [self.width * part // parts for part in range(parts + 1)]
+        blocks = zip(stops, stops[1:], [*self._cuts, self.length], strict=False)
+        return [block for block in blocks if block[0] < block[1]]
 
     @property
     def ragged(self) -> bool:
