@@ -333,3 +333,31 @@ def test_assisted_decoding_finds_the_same_tokens():
             assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=2, **settings), plain)
             costs.append(run.ledger.cost())
     assert costs[0] == costs[1]
+
+
+@torch.no_grad()
+def test_chosen_hidden_states_are_those_that_went_on():
+    """`output_hidden_states` as a flag or as indices, with layers weighted as a whole, alike in both executors."""
+    model, ids = llama(), random_ids(2, 9)
+    model(ids, output_hidden_states=True)  # from now on transformers' own hooks are on the layers
+    policy = Planned(block_weight=torch.rand(2, 9, generator=torch.Generator().manual_seed(2)))
+    for wanted in (True, 2, [1, -1], [7]):
+        found = []
+        for execute in EXECUTORS:
+            with sparing.apply(model, policy, execute=execute):
+                found.append(model(ids, output_hidden_states=wanted).hidden_states)
+        assert [x is None for x in found[0]] == [x is None for x in found[1]]
+        for a, b in zip(*found, strict=True):
+            if a is not None:
+                assert_close(a, b)
+
+
+@torch.no_grad()
+def test_a_capacity_of_none():
+    """A promise that no row has any token, beside keys that all are read."""
+    model, ids, nobody = llama(), random_ids(2, 9), torch.zeros(2, 9, dtype=torch.bool)
+    logits = []
+    for execute in EXECUTORS:
+        with sparing.apply(model, Planned(attend=nobody, feed=nobody, capacity=0), execute=execute):
+            logits.append(model(ids).logits)
+    assert_close(*logits)

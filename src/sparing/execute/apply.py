@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -163,6 +163,7 @@ class Run:
                 # A later turn of a chat can bring the first picture.
                 state.idle = False
                 if self._executor.ragged:
+                    assert isinstance(past_key_values, PlannedCache)
                     past_key_values.make_ragged()
             state.extend(new)
         if may_be_packed and not state.idle:
@@ -222,14 +223,14 @@ class Run:
         if kwargs.get("output_attentions", config.output_attentions):
             raise ValueError('execute="gathered" keeps no attention maps: use execute="dense" with eager attention')
         keep = kwargs.get("output_hidden_states")
-        keep = bool(config.output_hidden_states if keep is None else keep)
+        keep = config.output_hidden_states if keep is None else keep
         assert isinstance(self._executor, Gathered)
         run.cos, run.sin = self.anatomy.rotary(held[0], position_ids)
-        last, hidden = self._executor.run(run, held, keep)
+        last, hidden = self._executor.run(run, held, bool(keep))
         return BaseModelOutputWithPast(
             last_hidden_state=last,  # type: ignore[arg-type]
             past_key_values=cache,
-            hidden_states=hidden if keep else None,  # type: ignore[arg-type]
+            hidden_states=_selected(hidden, keep),  # type: ignore[arg-type]
         )
 
     def _begin(self, seen: dict[str, Any], embeds: Tensor) -> RunState:
@@ -298,6 +299,14 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable
     # Wrapped, because `generate` looks at the signature.
     module.forward = functools.wraps(stock)(functools.partial(forward, stock))
     return restore
+
+
+def _selected(hidden: tuple[Tensor, ...], keep: bool | int | Sequence[int]) -> tuple[Tensor | None, ...] | None:
+    """The hidden states asked for; where indices were given the others are `None`, as in transformers."""
+    if isinstance(keep, bool) or not keep:
+        return hidden if keep else None
+    wanted = {i % len(hidden) for i in ([keep] if isinstance(keep, int) else keep) if -len(hidden) <= i < len(hidden)}
+    return tuple(x if i in wanted else None for i, x in enumerate(hidden))
 
 
 def _refuse_packed(position_ids: Tensor) -> None:

@@ -73,7 +73,8 @@ class Dense:
 
             self._handles += [
                 layer.register_forward_pre_hook(before_layer, with_kwargs=True),
-                layer.register_forward_hook(after_layer),
+                # Before the hooks with which transformers collects hidden states.
+                layer.register_forward_hook(after_layer, prepend=True),
                 a.attention_end(i).register_forward_hook(after_attention),
                 a.output_projection(i).register_forward_pre_hook(before_projection),
                 a.mlp_norm(i).register_forward_pre_hook(before_mlp),

@@ -401,7 +401,7 @@ def new_tokens(anatomy: Anatomy, inputs: Mapping[str, Any], embeds: Tensor, stat
     if state is not None and t == 1:
         group = torch.full((b, 1), int(Group.TEXT), dtype=torch.int8, device=embeds.device)
         present = frozenset({Group.TEXT})
-        if not all_open:
+        if mask is not None and not all_open:
             group, present = torch.where(mask[:, -1:] == 0, int(Group.PAD), group), frozenset()
         segment = _no_segment(state, group)
         return TokenMap(group, inputs["position_ids"], ((),) * b, segment, _ids_of(inputs, b, t), present)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sparing.plan.layer_plan import Mask
 
-
 BLOCK, MOST_BLOCKS = 64, 8
 """Attention under a mask is asked in blocks of about this many tokens, but in no more blocks than this."""
 
@@ -61,8 +60,11 @@ class Rows:
         if capacity is not None:
             if mask.device.type == "cpu":
                 _check_promise(mask, capacity)
-            # A stable sort puts the chosen ones first, in order; what is beyond them is an empty slot.
             self.width = min(capacity, t)
+            if self.width == 0:
+                self.none, self.index = True, mask.new_zeros((b, 0), dtype=torch.long)
+                return
+            # A stable sort puts the chosen ones first, in order; what is beyond them is an empty slot.
             order = torch.argsort(~mask, dim=1, stable=True)[:, : self.width]
             chosen = mask.gather(1, order)
             self.index = torch.where(chosen, order, -1)

@@ -29,7 +29,10 @@ class View(abc.ABC):
     @property
     @abc.abstractmethod
     def residual(self) -> Float[Tensor, "b t d"]:
-        """The residual stream: the layer's input in `plan_attend`, the sum with attention in `plan_feed`. Do not write to it."""
+        """The residual stream: the layer's input in `plan_attend`, the sum with attention in `plan_feed`.
+
+        Do not write to it, and clone what you keep beyond this call: its memory is used again.
+        """
 
     @property
     @abc.abstractmethod
