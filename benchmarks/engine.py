@@ -180,11 +180,13 @@ def memory(model) -> dict[str, float]:
     }
 
 
-def measure(dtype, kv_heads: int, rounds: int, steps: int, shape: dict, device: str, *, quick: bool) -> dict:
+def measure(
+    dtype, kv_heads: int, rounds: int, steps: int, shape: dict, device: str, *, quick: bool, batches: tuple = (1, 4, 8)
+) -> dict:
     """Every figure at one precision and number of KV heads. Quick: all batches for ViCA, batch 1 for the rest."""
     model = build(**shape, kv_heads=kv_heads, dtype=dtype, device=device)
     out: dict[str, dict] = {"identity_prefill": {}, "forced_prefill": {}, "vica": {}, "skip": {}, "decode": {}}
-    for batch in (1, 4, 8):
+    for batch in batches:
         n = max(3, rounds // batch)
         out["vica"][f"b{batch}"] = vica(model, batch, n, 1 if quick else n)
         if quick and batch > 1:
@@ -236,6 +238,7 @@ def main() -> None:
         "--rounds", type=int, default=0, help="rounds of each timing at batch 1 (default 5 quick, 15 full)"
     )
     parser.add_argument("--only", nargs="+", choices=COMBINATIONS, default=list(COMBINATIONS), help="of the full run")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -246,7 +249,9 @@ def main() -> None:
         dtype, kv_heads = COMBINATIONS[name]
         fewer = rounds if dtype == torch.bfloat16 else max(3, rounds // 3)
         steps = 8 if options.quick else 32
-        runs[name] = measure(dtype, kv_heads, fewer, steps, SHAPE, "cpu", quick=options.quick)
+        runs[name] = measure(
+            dtype, kv_heads, fewer, steps, SHAPE, "cpu", quick=options.quick, batches=tuple(options.batches)
+        )
         print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
     figures = keys(runs, max(forced_difference(SHAPE, kv, "cpu") for kv in (16, 4)))
     finish(figures, REACH, runs, begin, options)

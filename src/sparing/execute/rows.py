@@ -110,9 +110,17 @@ class Rows:
         A masked attention kernel computes whole rows of scores; asking in blocks leaves out keys that are all in the future.
         """
         parts = len(self._cuts) + 1
-        stops = [self.width * part // parts for part in range(parts + 1)]
-        blocks = zip(stops, stops[1:], [*self._cuts, self.length], strict=False)
-        return [block for block in blocks if block[0] < block[1]]
+        stops = [self.width * part // parts for part in range(1, parts + 1)]
+        reaches = [*self._cuts, self.length]
+        blocks: list[tuple[int, int, int]] = []
+        first = 0
+        for i, (stop, reach) in enumerate(zip(stops, reaches, strict=True)):
+            # A block pays for its call only if it has some queries, and the ones after it reach clearly further.
+            if i + 1 < parts and (stop - first < BLOCK // 2 or reaches[i + 1] - reach < BLOCK // 2):
+                continue
+            blocks.append((first, stop, reach))
+            first = stop
+        return blocks
 
     @property
     def ragged(self) -> bool:
