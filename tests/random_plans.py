@@ -77,3 +77,7 @@ class RandomPlans(Policy):
     def bound(self, mask):
         """The smallest true promise."""
         return int(mask.sum(1).max()) if self.promise else None
+
+    def __repr__(self):
+        """Without an address, so that test names are the same in every process."""
+        return f"RandomPlans({self.seed})"

@@ -22,11 +22,12 @@ MAY_IMPORT = {
     "ablate": {"tokens", "plan", "anatomy"},
     "surgery": {"tokens", "plan", "anatomy"},
     "lens": BASE,
+    "checkpoint": BASE | {"policies", "sparing"},
     "decode": BASE,
-    "train": BASE | METHODS | {"decode", "worlds"},
-    "evaluate": BASE | METHODS | {"decode", "train", "worlds"},
-    "study": BASE | METHODS | {"decode", "train", "evaluate", "worlds"},
-    "zoo": BASE | METHODS | {"decode", "train", "evaluate", "worlds"},
+    "train": BASE | METHODS | {"checkpoint", "decode", "worlds"},
+    "evaluate": BASE | METHODS | {"checkpoint", "decode", "train", "worlds"},
+    "study": BASE | METHODS | {"checkpoint", "decode", "train", "evaluate", "worlds"},
+    "zoo": BASE | METHODS | {"checkpoint", "decode", "train", "evaluate", "worlds"},
 }
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "sparing"}
 # The package's own `__init__` shows the public names of all rooms, to import it is an upward edge.

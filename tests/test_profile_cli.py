@@ -106,7 +106,10 @@ def write(path, content):
 BAD = {
     "no such model": (lambda c, d: ("/nowhere/model",), "no such path: /nowhere/model"),
     "no config": (lambda c, d: (damaged(c, d / "m", "no config"),), "no config.json"),
-    "encoder only": (lambda c, d: (damaged(c, d / "m", "bert"),), "unknown model family 'bert'; known families: llama"),
+    "encoder only": (
+        lambda c, d: (damaged(c, d / "m", "bert"),),
+        "unknown model family 'bert'; known families: gemma2",
+    ),
     "no tokenizer": (lambda c, d: (damaged(c, d / "m", "no tokenizer"),), "no tokenizer: save it there"),
     "corrupt": (lambda c, d: (damaged(c, d / "m", "corrupt"),), "weights are corrupt"),
     "nan": (

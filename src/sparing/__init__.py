@@ -15,10 +15,25 @@ _HOMES = {
     "LayerPlan": "sparing.plan",
     "Ledger": "sparing.plan",
     "Policy": "sparing.plan",
-    "load": "sparing.anatomy",
     "apply": "sparing.execute",
+    "run_of": "sparing.execute",
+    "load": "sparing.checkpoint",
+    "release": "sparing.checkpoint",
+    "save": "sparing.checkpoint",
 }
-_ROOMS = ("tokens", "plan", "anatomy", "execute", "policies", "ablate", "evaluate", "study", "worlds", "zoo")
+_ROOMS = (
+    "tokens",
+    "plan",
+    "anatomy",
+    "execute",
+    "policies",
+    "checkpoint",
+    "ablate",
+    "evaluate",
+    "study",
+    "worlds",
+    "zoo",
+)
 
 __all__ = [*_HOMES, *_ROOMS]
 

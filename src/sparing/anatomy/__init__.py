@@ -3,10 +3,10 @@
 from sparing.anatomy.base import Anatomy
 from sparing.anatomy.llama import LlamaAnatomy
 from sparing.anatomy.llava import LlavaAnatomy
-from sparing.anatomy.loading import load
+from sparing.anatomy.loading import load, load_as
 from sparing.anatomy.registry import anatomy_of, known_families, read_inputs
 from sparing.tokens.token_map import read_inputs_with
 
 read_inputs_with(read_inputs)
 
-__all__ = ["Anatomy", "LlamaAnatomy", "LlavaAnatomy", "anatomy_of", "known_families", "load"]
+__all__ = ["Anatomy", "LlamaAnatomy", "LlavaAnatomy", "anatomy_of", "known_families", "load", "load_as"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sparing.plan import LayerShape, ModelShape
 from sparing.tokens import Group, ImageSpan, TokenMap
@@ -28,12 +29,38 @@ class Anatomy(abc.ABC):
 
     model_types: tuple[str, ...] = ()
     """`config.model_type` values that this adapter serves."""
+    layer_types: tuple[str, ...] = ("full_attention",)
+    """Kinds of layers (`config.layer_types`) that this adapter knows."""
+    output: type = BaseModelOutputWithPast
+    """What the decoder returns."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: HFModule = model
         self.config: Any = model.config
         self.text_config: Any = self.config.get_text_config()
         self.layers: list[HFModule] = list(self.decoder.layers)[: self.text_config.num_hidden_layers]
+        self.check()
+
+    def check(self) -> None:
+        """Refuse a decoder that has what this adapter does not know.
+
+        Raises:
+            ValueError: an unknown kind of layer, attention that is not causal, or an attention implementation that does not
+                compute what the model is.
+        """
+        name = self.text_config.model_type
+        unknown = set(getattr(self.text_config, "layer_types", None) or ()) - set(self.layer_types)
+        if unknown:
+            raise ValueError(
+                f"{name} with {sorted(unknown)[0]!r} layers is unknown; known kinds of layers: {', '.join(self.layer_types)}"
+            )
+        both_ways = getattr(self.text_config, "use_bidirectional_attention", None)
+        if not getattr(self.text_config, "is_causal", True) or both_ways is True or both_ways == "all":
+            raise ValueError(f"this {name} attends in both directions; plans are about causal decoders")
+        if self.attention_backend == "sdpa" and any(self.softcap(i) is not None for i in range(len(self.layers))):
+            raise ValueError(
+                f"{name} caps its attention scores, which sdpa leaves out: load it with attn_implementation='eager'"
+            )
 
     # Where modules are -------------------------------------------------------------------------------------------
 
@@ -96,8 +123,12 @@ class Anatomy(abc.ABC):
         """The module of the output projection."""
         return self.attention(layer).o_proj
 
-    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[b t head_dim]` for these positions."""
+    def rotary_kind(self, layer: int) -> str | None:
+        """Layers of one kind share their angles; `None` where a layer rotates nothing."""
+        return "all"
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, kind: str = "all") -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[b t head_dim]` for these positions, in layers of one `rotary_kind`."""
         return self.decoder.rotary_emb(hidden, position_ids=position_ids)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -110,6 +141,10 @@ class Anatomy(abc.ABC):
         """From the output projection to the branch end (post-norms). Row-wise; nothing by default."""
         return branch
 
+    def run_mlp(self, layer: int, normed: Tensor) -> Tensor:
+        """The MLP on packed rows, `[n d]` or `[b m d]`."""
+        return self.mlp(layer)(normed)
+
     def finish_mlp(self, layer: int, branch: Tensor) -> Tensor:
         """From the MLP's output to the branch end."""
         return branch
@@ -117,6 +152,15 @@ class Anatomy(abc.ABC):
     def scaling(self, layer: int) -> float:
         """What scores are multiplied by before the softmax."""
         return self.attention(layer).scaling
+
+    def softcap(self, layer: int) -> float | None:
+        """`c` where scores become `c tanh(score / c)` before the mask and the softmax."""
+        return None
+
+    def window(self, layer: int) -> int | None:
+        """A query of this layer sees keys less than this many tokens back; `None` if it sees all."""
+        kinds = getattr(self.text_config, "layer_types", None)
+        return self.text_config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
 
     @property
     def attention_backend(self) -> str:
@@ -131,29 +175,56 @@ class Anatomy(abc.ABC):
 
     def shape(self) -> ModelShape:
         """The sizes that costs are counted from."""
-        layers = []
-        for i in range(len(self.layers)):
-            attention, mlp = self.attention(i), self.mlp(i)
-            layers.append(
-                LayerShape(
-                    hidden=self.text_config.hidden_size,
-                    heads=self.text_config.num_attention_heads,
-                    kv_heads=self.text_config.num_key_value_heads,
-                    head_dim=attention.head_dim,
-                    intermediate=mlp.intermediate_size,
-                )
-            )
+        layers = tuple(self.layer_shape(i) for i in range(len(self.layers)))
         dtype = next(self.decoder.parameters()).dtype
-        return ModelShape(tuple(layers), self.text_config.vocab_size, dtype.itemsize, self.encoder_flops())
+        return ModelShape(layers, self.text_config.vocab_size, dtype.itemsize, self.encoder_flops())
+
+    def layer_shape(self, layer: int) -> LayerShape:
+        """The sizes of one layer."""
+        return LayerShape(
+            hidden=self.text_config.hidden_size,
+            heads=self.text_config.num_attention_heads,
+            kv_heads=self.text_config.num_key_value_heads,
+            head_dim=self.attention(layer).head_dim,
+            intermediate=self.intermediate(layer),
+            window=self.window(layer),
+        )
+
+    def intermediate(self, layer: int) -> int:
+        """Width of the MLP."""
+        return self.mlp(layer).intermediate_size
 
     def encoder_flops(self) -> int:
-        """Operations of the vision encoder and projector on one picture; 0 without one."""
+        """Operations of the vision encoder and projector in one run (one picture, or one tile of it); 0 without one."""
         return 0
+
+    def picture_flops(self, span: ImageSpan) -> int:
+        """Operations of the vision encoder and projector on one picture."""
+        return span.tiles * self.encoder_flops()
 
     @property
     def vision_encoder(self) -> HFModule | None:
         """The vision encoder, or `None`."""
         return None
+
+    @property
+    def pictures_from(self) -> HFModule | None:
+        """The module whose `get_image_features` encodes pictures, or `None`."""
+        return None
+
+    picture_sizes: tuple[str, ...] = ()
+    """Arguments of `get_image_features` that say how large each picture is."""
+
+    adds: tuple[str, ...] = ()
+    """Arguments of the decoder that hold what is added to the residual stream between layers."""
+
+    def additions(self, kwargs: Mapping[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
+        """What is added after a layer: `[b t]`, to which tokens, and `[n d]`, a row for each of them in order."""
+        return {}
+
+    def positions(self, position_ids: Tensor) -> Tensor:
+        """Position ids as a `TokenMap` holds them: `[b t]`, or `[axes b t]` without a row for the text."""
+        return position_ids
 
     def is_image_token(self, input_ids: Tensor) -> Tensor | None:
         """Which ids are image placeholders `[b t]`; `None` for a text model."""

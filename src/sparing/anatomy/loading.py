@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
-    attention: str = "sdpa",
+    attention: str | None = None,
     **kwargs: Any,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer (text) or processor (vision) from a directory or a hub id.
@@ -32,7 +33,7 @@ def load(
         path: a directory with `config.json` and `*.safetensors`, or a hub id.
         dtype: `auto` (as saved), `float32`, `bfloat16`, `float16`, or a torch dtype.
         device: where to put the model.
-        attention: the attention implementation (`sdpa` or `eager`).
+        attention: the attention implementation (`sdpa` or `eager`); the fastest that the model has by default.
         kwargs: passed on to `from_pretrained`.
 
     Returns:
@@ -43,6 +44,50 @@ def load(
     """
     path = str(path)
     text_only = _is_text_model(path)
+    return _read(path, text_only, dtype, device, attention, kwargs), _load_processor(path, text=text_only)
+
+
+def load_as(
+    path: Path,
+    config: Mapping[str, Any],
+    weights: str,
+    processor: Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+    **kwargs: Any,
+) -> tuple[nn.Module, Any]:
+    """`load`, where the config is given and the weights have a name under which nobody else looks for them.
+
+    Args:
+        path: the directory.
+        config: what `config.json` would hold.
+        weights: the file name: `*.safetensors` or `*.safetensors.index.json`.
+        processor: where the tokenizer or processor is.
+        dtype: see `load`.
+        device: see `load`.
+        attention: see `load`.
+        kwargs: passed on to `from_pretrained`.
+    """
+    known, name = ", ".join(sorted(known_families())), str(config.get("model_type"))
+    if "auto_map" in config:
+        raise ValueError(f"{path} asks to run its own code, which sparing does not do; known families: {known}")
+    if name not in known_families():
+        raise ValueError(f"unknown model family {name!r}; known families: {known}")
+    made: Any = type(AutoConfig.for_model(name)).from_dict(dict(config))
+    made.transformers_weights = weights
+    text_only = made.get_text_config() is made
+    model = _read(str(path), text_only, dtype, device, attention, {**kwargs, "config": made})
+    # Not the model's any more: another save has other names.
+    vars(model.config).pop("transformers_weights", None)
+    # A folder that is not there would be taken for a hub id.
+    return model, _load_processor(str(processor), text=text_only) if processor.is_dir() else None
+
+
+def _read(
+    path: str, text_only: bool, dtype: str | torch.dtype, device: Any, attention: str | None, kwargs: dict[str, Any]
+) -> nn.Module:
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -72,7 +117,7 @@ def load(
             f"{path}: the weights do not fit the config: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
         )
     anatomy_of(model)
-    return model.to(device).eval(), _load_processor(path, text=text_only)
+    return model.to(device).eval()
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,11 +10,35 @@ from typing import Any
 from torch import nn
 
 from sparing.anatomy.base import Anatomy
+from sparing.anatomy.gemma import GemmaAnatomy
+from sparing.anatomy.internvl import InternVLAnatomy
 from sparing.anatomy.llama import LlamaAnatomy
 from sparing.anatomy.llava import LlavaAnatomy
+from sparing.anatomy.llava_onevision import LlavaOnevisionAnatomy
+from sparing.anatomy.mistral import MistralAnatomy
+from sparing.anatomy.phi3 import Phi3Anatomy
+from sparing.anatomy.qwen import Qwen2Anatomy, Qwen3Anatomy
+from sparing.anatomy.qwen_vl import Qwen2_5VLAnatomy, Qwen3VLAnatomy
+from sparing.anatomy.smollm3 import SmolLM3Anatomy
+from sparing.anatomy.smolvlm import SmolVLMAnatomy
+from sparing.anatomy.vision import VisionAnatomy
 from sparing.tokens import TokenMap
 
-FAMILIES: tuple[type[Anatomy], ...] = (LlamaAnatomy, LlavaAnatomy)
+FAMILIES: tuple[type[Anatomy], ...] = (
+    GemmaAnatomy,
+    InternVLAnatomy,
+    LlamaAnatomy,
+    LlavaAnatomy,
+    LlavaOnevisionAnatomy,
+    MistralAnatomy,
+    Phi3Anatomy,
+    Qwen2Anatomy,
+    Qwen2_5VLAnatomy,
+    Qwen3Anatomy,
+    Qwen3VLAnatomy,
+    SmolLM3Anatomy,
+    SmolVLMAnatomy,
+)
 
 
 @functools.cache
@@ -46,14 +70,24 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     name = getattr(config, "model_type", type(model).__name__)
     if config is None or name not in families:
         raise ValueError(f"unknown model family {name!r} ({type(model).__name__}); known families: {known}")
-    inner = config.get_text_config().model_type
+    outer, inner = families[name], config.get_text_config().model_type
+    if issubclass(outer, VisionAnatomy):
+        inner = outer.decoders.get(inner, inner)
     if inner != name and inner not in families:
         raise ValueError(f"{name} with a {inner!r} decoder inside is unknown; known decoders: {known}")
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(
             f"{type(model).__name__} has no language-model head: load it as a causal language model (sparing.load does)"
         )
-    return families[name](model)
+    return _with_decoder(outer, families.get(inner, outer))(model)
+
+
+@functools.cache
+def _with_decoder(outer: type[Anatomy], decoder: type[Anatomy]) -> type[Anatomy]:
+    """The adapter of a model around a decoder: what the outer one does not say about layers, the decoder's does."""
+    if issubclass(outer, decoder):
+        return outer
+    return type(f"{outer.__name__}With{decoder.__name__}", (outer, decoder), {"__doc__": outer.__doc__})
 
 
 def read_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TokenMap:

@@ -1,7 +1,7 @@
 """Carry plans out: `dense` defines the meaning, `gathered` is fast; `apply` puts either under a model."""
 
-from sparing.execute.apply import Run, apply
+from sparing.execute.apply import Run, apply, run_of
 from sparing.execute.cache import PlannedCache, RaggedLayer, RunState
 from sparing.execute.check import check_policy
 
-__all__ = ["PlannedCache", "RaggedLayer", "Run", "RunState", "apply", "check_policy"]
+__all__ = ["PlannedCache", "RaggedLayer", "Run", "RunState", "apply", "check_policy", "run_of"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +23,13 @@ from sparing.execute.planning import Pass, new_tokens
 from sparing.plan import Composed, Ledger, Policy
 from sparing.tokens import TokenMap
 
-_applied: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+HARMLESS = ("cache_position", "logits_to_keep", "labels", "num_items_in_batch")
+"""Tensors that a decoder takes and makes nothing of."""
+TEXT_AND_AXES = 4
+"""Rows of M-RoPE positions with those of the text in front."""
+
+# Decoder -> its run, weakly: what stands in for the decoder's forward keeps the run alive.
+_applied: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Run]] = weakref.WeakKeyDictionary()
 
 
 def apply(
@@ -50,6 +58,12 @@ def apply(
     return Run(model, Composed(*policies), execute=execute, tokens=tokens, force=force)
 
 
+def run_of(model: nn.Module) -> Run | None:
+    """The run that `model` is in: inside `with sparing.apply(model, ...)`, or loaded with policies; `None` outside."""
+    run = _applied.get(anatomy_of(model).decoder)
+    return None if run is None else run()
+
+
 class Run:
     """A model under policies. Enter it with `with`; see `apply`.
 
@@ -75,6 +89,8 @@ class Run:
         self.ledger = Ledger(self.shape)
         self._called_with: dict[str, Any] = {}
         self._features: Any = None
+        self._pictures: dict[str, Any] = {}
+        self._encoded = 0
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
@@ -82,38 +98,65 @@ class Run:
         decoder = self.anatomy.decoder
         if decoder in _applied:
             raise ValueError(
-                "this model is already inside sparing.apply: give all policies to one apply (they combine with &)"
+                f"this model is already inside sparing.apply, under {run_of(self.model)!r}: give all policies to one apply "
+                "(they combine with &); sparing.release(model) takes off what sparing.load put there, and returns it"
             )
         self._exit = contextlib.ExitStack()
         with self._exit as stack:
-            _applied.add(decoder)
-            stack.callback(_applied.discard, decoder)
+            _applied[decoder] = weakref.ref(self)
+            stack.callback(_applied.pop, decoder, None)
             if (encoder := self.anatomy.vision_encoder) is not None:
                 stack.callback(encoder.register_forward_hook(self._after_encoder).remove)
+            if (around := self.anatomy.pictures_from) is not None:
+                stack.callback(_replace(around, "get_image_features", self._of_pictures))
             if isinstance(self._executor, Dense):
                 stack.callback(self._executor.remove)
                 self._executor.install()
             # Not a hook: adapters call the forward of the model inside them past its hooks.
-            stack.callback(_replace_forward(self.model, self._of_model))
-            stack.callback(_replace_forward(decoder, self._forward))
+            stack.callback(_replace(self.model, "forward", self._of_model))
+            stack.callback(_replace(decoder, "forward", self._forward))
             self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         """Leave the model as it was."""
         self._exit.close()
-        self._called_with, self._features = {}, None
+        self._called_with, self._features, self._pictures, self._encoded = {}, None, {}, 0
+
+    def __repr__(self) -> str:
+        """What the model follows."""
+        return repr(self.policy)
+
+    def __deepcopy__(self, _: Any) -> Run:
+        """A copied model would carry half of the run with it."""
+        raise ValueError(
+            "a model inside sparing.apply cannot be copied: copy it outside, or between sparing.release(model) and sparing.apply"
+        )
 
     def _of_model(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with a note of what it was called with: the decoder inside a vision model sees no ids."""
-        self._called_with, self._features = dict(kwargs), None
+        encoded = kwargs.get("mm_encoder_outputs")
+        if encoded is None or (isinstance(encoded, dict) and not encoded):
+            # `generate` encodes pictures before the model's forward, and says then alone how large they are.
+            self._features, self._pictures, self._encoded = None, {}, 0
+        self._called_with = {**self._pictures, **kwargs}
         if args:
             self._called_with["input_ids"] = args[0]
         try:
             return stock(*args, **kwargs)
         finally:
             # Whoever calls the decoder alone next speaks of other tokens.
-            self._called_with, self._features = {}, None
+            self._called_with, self._features, self._pictures, self._encoded = {}, None, {}, 0
+
+    def _of_pictures(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What encodes pictures, with a note of their sizes."""
+        given = inspect.signature(stock).bind(*args, **kwargs).arguments
+        self._pictures = {name: given[name] for name in self.anatomy.picture_sizes if given.get(name) is not None}
+        out = stock(*args, **kwargs)
+        features = getattr(out, "pooler_output", None)
+        parts = [features] if isinstance(features, Tensor) else features or ()
+        self._encoded = sum(part.numel() // part.shape[-1] for part in parts)
+        return out
 
     def _after_encoder(self, _: nn.Module, __: Any, out: Any) -> None:
         self._features = out
@@ -149,9 +192,12 @@ class Run:
         )
         if position_ids is None:
             position_ids = torch.arange(past, past + t, device=embeds.device).unsqueeze(0)
+        # Qwen-VL models work positions out from the whole mask, cached tokens included.
+        position_ids = position_ids[..., -t:]
         if state is not None and state.shift is not None:
             position_ids = position_ids - state.shift[:, -1:]
-        seen = {**self._called_with, "attention_mask": attention_mask, "position_ids": _of_batch(position_ids, b)}
+        positions = self.anatomy.positions(_of_batch(position_ids, b))
+        seen = {**self._called_with, "attention_mask": attention_mask, "position_ids": positions}
         if input_ids is not None:
             seen["input_ids"] = input_ids
         if state is None:
@@ -162,9 +208,11 @@ class Run:
             if state.idle and t > 1 and any(p.decodes and not p.idle(new) for p in self.policy.parts()):
                 # A later turn of a chat can bring the first picture.
                 state.idle = False
+                assert isinstance(past_key_values, PlannedCache)
                 if self._executor.ragged:
-                    assert isinstance(past_key_values, PlannedCache)
                     past_key_values.make_ragged()
+                else:
+                    past_key_values.make_whole()
             state.extend(new)
         if may_be_packed and not state.idle:
             _refuse_packed(position_ids)
@@ -178,10 +226,13 @@ class Run:
             device=embeds.device,
             logit_rows=_logit_rows(self._called_with, b, t),
             encoder_features=self._features,
+            encoded=None if self.anatomy.pictures_from is None else self._encoded,
         )
         ragged = self._executor.ragged and not state.idle
         if not isinstance(past_key_values, PlannedCache) and (use_cache or past_key_values is not None):
-            past_key_values = PlannedCache.adopt(past_key_values, state, state.depth, ragged=ragged)
+            past_key_values = PlannedCache.adopt(
+                past_key_values, state, state.depth, ragged=ragged, config=decoder.config
+            )
         cache = run.cache = past_key_values
         if past == 0 and not state.idle:
             before = position_ids
@@ -192,6 +243,10 @@ class Run:
         if not ragged:
             if isinstance(self._executor, Dense):
                 self._executor.current = None if state.idle else run
+                if not state.idle and (additions := self.anatomy.additions(kwargs)):
+                    # The executor adds them itself: not to dropped tokens.
+                    run.additions = additions
+                    kwargs = {k: v for k, v in kwargs.items() if k not in self.anatomy.adds}
             if not state.idle and (attention_mask is not None or state.tokens.padded):
                 # The map says what is padding, also where the caller no longer does.
                 attention_mask = state.tokens.valid.long()
@@ -222,16 +277,20 @@ class Run:
         config = self.anatomy.text_config
         if kwargs.get("output_attentions", config.output_attentions):
             raise ValueError('execute="gathered" keeps no attention maps: use execute="dense" with eager attention')
+        if kwargs.get("output_router_logits"):
+            raise ValueError(
+                'execute="gathered" routes only the rows that are fed: use execute="dense" for router logits'
+            )
         keep = kwargs.get("output_hidden_states")
         keep = config.output_hidden_states if keep is None else keep
+        run.additions = self.anatomy.additions(kwargs)
+        _refuse_unknown(kwargs, self.anatomy.adds)
         assert isinstance(self._executor, Gathered)
-        run.cos, run.sin = self.anatomy.rotary(held[0], position_ids)
+        for kind in {self.anatomy.rotary_kind(layer) for layer in range(run.state.depth)}:
+            if kind is not None:
+                run.rotary[kind] = self.anatomy.rotary(held[0], position_ids, kind)
         last, hidden = self._executor.run(run, held, bool(keep))
-        return BaseModelOutputWithPast(
-            last_hidden_state=last,  # type: ignore[arg-type]
-            past_key_values=cache,
-            hidden_states=_selected(hidden, keep),  # type: ignore[arg-type]
-        )
+        return self.anatomy.output(last_hidden_state=last, past_key_values=cache, hidden_states=_selected(hidden, keep))
 
     def _begin(self, seen: dict[str, Any], embeds: Tensor) -> RunState:
         """A new prompt: its map, its memory, its ledger."""
@@ -242,6 +301,8 @@ class Run:
             raise ValueError(
                 f"apply(tokens=...) describes {tuple(tokens.group.shape)} tokens, the prompt has {tuple(embeds.shape[:2])}"
             )
+        else:
+            tokens = dataclasses.replace(tokens, position_ids=self.anatomy.positions(tokens.position_ids))
         parts = self.policy.parts()
         self.ledger = Ledger(self.shape)
         self.ledger.ablation = any(part.ablation for part in parts)
@@ -287,17 +348,17 @@ class Run:
             raise ValueError("this cache was filled outside sparing.apply: pass no cache, or an empty DynamicCache")
 
 
-def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Let `forward(stock, ...)` stand in for a module's forward; returns what undoes it."""
-    own, stock = module.__dict__.get("forward"), module.forward
+def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Let `function(stock, ...)` stand in for a module's method; returns what undoes it."""
+    own, stock = module.__dict__.get(name), getattr(module, name)
 
     def restore() -> None:
-        del module.forward
+        delattr(module, name)
         if own is not None:
-            module.forward = own
+            setattr(module, name, own)
 
     # Wrapped, because `generate` looks at the signature.
-    module.forward = functools.wraps(stock)(functools.partial(forward, stock))
+    setattr(module, name, functools.wraps(stock)(functools.partial(function, stock)))
     return restore
 
 
@@ -309,8 +370,20 @@ def _selected(hidden: tuple[Tensor, ...], keep: bool | int | Sequence[int]) -> t
     return tuple(x if i in wanted else None for i, x in enumerate(hidden))
 
 
+def _refuse_unknown(kwargs: dict[str, Any], adds: Sequence[str]) -> None:
+    """Raise `ValueError` if the decoder was handed a tensor that the fast executor would leave out."""
+    for name, value in kwargs.items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if name not in (*HARMLESS, *adds) and any(isinstance(part, Tensor) for part in parts):
+            raise ValueError(f'execute="gathered" does not know what {name} does to the decoder: use execute="dense"')
+
+
 def _refuse_packed(position_ids: Tensor) -> None:
     """Raise `ValueError` where the stock model would take a row for several sequences; waits for the device once."""
+    if position_ids.ndim == 3:
+        if position_ids.shape[0] != TEXT_AND_AXES:
+            return  # Positions of several axes alone are no sign of packing.
+        position_ids = position_ids[0]
     if bool((position_ids.diff(dim=-1) != 1).any()):
         raise ValueError(
             "position_ids with gaps and no attention_mask mean several sequences in a row to transformers: pass "

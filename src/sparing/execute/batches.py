@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from sparing.anatomy import anatomy_of
 from sparing.tokens import TokenMap
 
+ROWS = ("input_ids", "attention_mask", "mm_token_type_ids")
+"""Inputs `[b t]`, beside the positions."""
+COUNTS = ("batch_num_images",)
+"""Inputs with one entry a row."""
 PICTURES = ("pixel_values", "image_grid_thw", "image_sizes")
 """Inputs that have one entry (or, for flattened patches, one stretch) a picture."""
 
@@ -26,7 +30,7 @@ def split_rows(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, An
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    unknown = set(inputs) - {"input_ids", "attention_mask", "position_ids", "mm_token_type_ids", *PICTURES}
+    unknown = set(inputs) - {*ROWS, "position_ids", *COUNTS, *PICTURES}
     if unknown:
         raise ValueError(f"cannot split {sorted(unknown)} into rows: pass ids, mask and pictures alone")
     tokens = TokenMap.from_inputs(model, inputs)
@@ -37,6 +41,7 @@ def split_rows(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, An
         row = {"input_ids": ids[r : r + 1, keep], "attention_mask": mask[r : r + 1, keep]}
         if "mm_token_type_ids" in inputs:
             row["mm_token_type_ids"] = inputs["mm_token_type_ids"][r : r + 1, keep]
+        row |= {name: inputs[name][r : r + 1] for name in COUNTS if name in inputs}
         if tokens.position_ids.ndim == 2:
             row["position_ids"] = torch.arange(int(keep.sum()), device=ids.device).unsqueeze(0)
         rows.append({**row, **(pictures[r] if counts[r] else {})})
@@ -50,6 +55,10 @@ def _by_row(inputs: Mapping[str, Any], counts: list[int]) -> list[dict[str, Any]
         if name not in inputs:
             continue
         value: Tensor = inputs[name]
+        if _by_rows(inputs, name):
+            for row, part, count in zip(found, value, counts, strict=True):
+                row[name] = part[None, :count]
+            continue
         sizes = counts
         grid = inputs.get("image_grid_thw")
         if name == "pixel_values" and grid is not None:
@@ -63,18 +72,36 @@ def _by_row(inputs: Mapping[str, Any], counts: list[int]) -> list[dict[str, Any]
     return found
 
 
+def _by_rows(inputs: Mapping[str, Any], name: str) -> bool:
+    """Whether pictures are `[b n c h w]`, filled up with zeros, and not `[n tiles c h w]`."""
+    return name == "pixel_values" and inputs[name].ndim == 5 and "image_sizes" not in inputs
+
+
 def pad_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]], side: str) -> dict[str, Any]:
     """Put rows of `split_rows` into one batch, padded on `left` or `right`."""
     length = max(row["input_ids"].shape[1] for row in rows)
     filling = {"input_ids": anatomy_of(model).text_config.pad_token_id or 0}
     batch: dict[str, Any] = {}
     for name in rows[0]:
-        if name not in PICTURES:
+        if name in COUNTS:
+            batch[name] = torch.cat([row[name] for row in rows])
+        elif name not in PICTURES:
             batch[name] = torch.cat([_pad(row[name], length, side, filling.get(name, 0)) for row in rows])
     for name in PICTURES:
         parts = [row[name] for row in rows if name in row]
-        if parts:
+        if parts and _by_rows({**rows[0], name: parts[0]}, name):
+            batch[name] = _fill_up([row.get(name) for row in rows], parts)
+        elif parts:
             batch[name] = torch.cat(parts)
+    return batch
+
+
+def _fill_up(pictures: Sequence[Tensor | None], parts: Sequence[Tensor]) -> Tensor:
+    """`[1 n c h w]` of each row -> `[b n c h w]`, zeros where a row has fewer pictures."""
+    batch = parts[0].new_zeros(len(pictures), max(part.shape[1] for part in parts), *parts[0].shape[2:])
+    for row, part in zip(batch, pictures, strict=True):
+        if part is not None:
+            row[: part.shape[1]] = part[0]
     return batch
 
 

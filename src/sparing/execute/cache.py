@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -131,14 +132,14 @@ class RaggedLayer(CacheLayerMixin):
         """Give up the slots of the tokens marked in `freed` `[b T]`, and their memory."""
         if self.keys is None or self.index is None:
             return
-        keep = (self.index >= 0) & ~freed.gather(1, self.index.clamp(min=0))
-        width = int(keep.sum(1).max())
-        order = torch.argsort(~keep, dim=1, stable=True)[:, :width]
+        self.take(*kept_slots(self.index, (self.index >= 0) & ~freed.gather(1, self.index.clamp(min=0))))
+
+    def take(self, order: Tensor, index: Tensor, holes: bool) -> None:
+        """Hold only the slots `order` `[b s]`, whose indices are `index` (see `kept_slots`)."""
+        assert self.keys is not None
         at = order[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
         self.keys, self.values = self.keys.gather(2, at), self.values.gather(2, at)  # type: ignore[union-attr]
-        kept = keep.gather(1, order)
-        self.index = torch.where(kept, self.index.gather(1, order), -1)
-        self.holes = not bool(kept.all())
+        self.index, self.holes = index, holes
 
     def readable(self, length: int) -> Tensor:
         """`[b length]`, which tokens have a slot."""
@@ -180,6 +181,13 @@ class RaggedLayer(CacheLayerMixin):
         self.is_initialized, self.holes = False, False
 
 
+def kept_slots(index: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Where the slots to keep are, close together; their indices; and whether rows differ in their number. Waits once."""
+    width, fewest = torch.stack([keep.sum(1).max(), keep.sum(1).min()]).tolist()
+    order = torch.argsort(~keep, dim=1, stable=True)[:, :width]
+    return order, torch.where(keep.gather(1, order), index.gather(1, order), -1), fewest < width
+
+
 class PlannedCache(DynamicCache):
     """A `DynamicCache` that carries a `RunState`, so that beams, cropping and repeats reach both.
 
@@ -187,21 +195,50 @@ class PlannedCache(DynamicCache):
     """
 
     state: RunState
+    held_from: list[int]
+    """By layer, the first original index that is still held: what lies before the window is let go."""
 
     @classmethod
-    def adopt(cls, cache: DynamicCache | None, state: RunState, depth: int, *, ragged: bool) -> PlannedCache:
-        """Turn an empty cache into a planned one, in place: `generate` and callers keep the object that they passed."""
-        planned = DynamicCache() if cache is None else cache
+    def adopt(
+        cls, cache: DynamicCache | None, state: RunState, depth: int, *, ragged: bool, config: Any = None
+    ) -> PlannedCache:
+        """Turn an empty cache into a planned one, in place: `generate` and callers keep the object that they passed.
+
+        Args:
+            cache: the caller's, if there is one.
+            state: what the cache shall carry.
+            depth: number of layers.
+            ragged: whether the fast executor fills it.
+            config: the decoder's; a cache of the stock forward has the kinds of layers that it asks for.
+        """
+        planned = DynamicCache(config=config) if cache is None else cache
         planned.__class__ = cls
         assert isinstance(planned, PlannedCache)
-        planned.state = state
+        planned.state, planned.held_from = state, [0] * depth
         if ragged:
             planned.layers = [RaggedLayer(state) for _ in range(depth)]
             planned.layer_class_to_replicate = None
+        elif not state.idle:
+            # A plan may hide any key, so its mask speaks of all of them, also in layers that have a window.
+            planned.layers = [DynamicLayer() for _ in range(depth)]
+            planned.layer_class_to_replicate = None
         return planned
+
+    def make_whole(self) -> None:
+        """Let the layers that the stock forward filled hold every token. What a window let go no one can see: it is zeros."""
+        length = self.state.tokens.length
+        layers, self.layers = self.layers, []
+        for i, layer in enumerate(layers):
+            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None  # noqa: PT018
+            whole = DynamicLayer()
+            missing = self.held_from[i] = length - layer.keys.shape[-2]
+            whole.update(*(F.pad(x, (0, 0, missing, 0)) for x in (layer.keys, layer.values)))
+            self.layers.append(whole)
+        self.layer_class_to_replicate = None
 
     def make_ragged(self) -> None:
         """Turn the layers that the stock forward filled into ragged ones."""
+        self.make_whole()
         tokens = self.state.tokens
         index = torch.arange(tokens.length, device=tokens.group.device).expand(tokens.batch, -1)
         index = torch.where(tokens.valid, index, -1) if tokens.padded else index
@@ -237,6 +274,14 @@ class PlannedCache(DynamicCache):
             raise ValueError(
                 f"crop({tokens_to_remove}) leaves none of {self.state.tokens.length} tokens: start a new prompt"
             )
+        for i, shape in enumerate(self.state.ledger.shape.layers):
+            layer: Any = self.layers[i] if i < len(self.layers) else None
+            lost = layer.cumulative_length - layer.keys.shape[-2] if layer is not None and layer.is_sliding else 0
+            if shape.window is not None and max(lost, self.held_from[i]) > max(length - shape.window + 1, 0):
+                raise ValueError(
+                    f"crop({tokens_to_remove}): layer {i} has a window of {shape.window} tokens, and has let go of keys that "
+                    "would be in it again: start a new prompt"
+                )
         for layer in self.layers:
             if isinstance(layer, RaggedLayer):
                 layer.crop_to(length)

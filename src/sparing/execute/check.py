@@ -198,6 +198,10 @@ def _decode(
                     after_pass()
                 if step == case.steps:
                     break
+                axes = out.past_key_values.state.tokens.position_ids
+                if step == 0 and axes.ndim == 3:
+                    # Behind the largest position on any axis, where pictures take less than a position a token.
+                    position = axes.amax(0).masked_fill(mask == 0, 0).amax(1, keepdim=True) + 1
                 ids = case.extra(len(mask))[:, step : step + 1]
                 if turn is not None:
                     ids = ids[turn]
@@ -205,7 +209,9 @@ def _decode(
                         out.past_key_values.reorder_cache(turn)
                         mask, position = mask[turn], position[turn]
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-                known = {"position_ids": position + step} if "position_ids" in batch else {}
+                known = {}
+                if "position_ids" in batch or axes.ndim == 3:
+                    known["position_ids"] = (position + step).expand(*axes.shape[:-2], -1, -1)
                 out = case.model(ids, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True, **known)
     finally:
         for hook in hooks:
@@ -233,7 +239,14 @@ def _check_decoding(case: _Case) -> None:
         tokens = dense.cache.state.tokens
         replay = Replay(dense.run.ledger, dense.recorders)
         with torch.no_grad(), apply(case.model, replay, execute="dense", tokens=tokens):
-            full = case.model(inputs_embeds=dense.embeds, attention_mask=mask, position_ids=dense.position_ids).logits
+            source: dict[str, Any] = {"inputs_embeds": dense.embeds}
+            if anatomy_of(case.model).adds:
+                # Embeddings alone do not bring what is added between layers.
+                source = {**batch, "input_ids": tokens.ids}
+                if (dropped_at := dense.cache.state.dropped_at) is not None:
+                    # A replay knows what ran, not what was dropped; what is added to dropped tokens reaches no other.
+                    valid = valid & (dropped_at == dense.run.shape.depth)
+            full = case.model(**{**source, "attention_mask": mask, "position_ids": dense.position_ids}).logits
         what = f"cached decoding differs from one forward pass with the same decisions ({side} padding)"
         _require_close(dense.logits[valid], full[valid], case, what)
         if case.policy.causal:
@@ -242,7 +255,7 @@ def _check_decoding(case: _Case) -> None:
 
 def _check_causal(case: _Case, batch: Mapping[str, Any], mask: Tensor, tokens: TokenMap, stepwise: Ledger) -> None:
     """The same decisions when the decoded tokens are there from the start."""
-    known = {"position_ids": tokens.position_ids} if "position_ids" in batch else {}
+    known = {"position_ids": tokens.position_ids} if "position_ids" in batch or tokens.position_ids.ndim == 3 else {}
     longer = {
         **batch,
         "input_ids": torch.cat([batch["input_ids"], case.extra(len(mask))], dim=1),
@@ -366,11 +379,16 @@ def _compare_cost(case: _Case, decoded: _Decoded, counted: dict[str, list[list[i
     scores = cost.flops["attention_scores"]
     _require(scores == pairs, case, f"{where}: attention_scores is {scores}, counted {pairs}")
     stored = sum(
-        0 if layer.index is None else int((layer.index >= 0).sum()) * shape.kv_width
+        0 if layer.index is None else int(_readable(layer.index, ledger.length, shape.window).sum()) * shape.kv_width
         for layer, shape in zip(decoded.cache.layers, shapes, strict=True)
     )
     stored *= ledger.shape.element_bytes
     _require(cost.kv_bytes == stored, case, f"{where}: kv_bytes is {cost.kv_bytes}, the cache holds {stored}")
+
+
+def _readable(index: Tensor, length: int, window: int | None) -> Tensor:
+    """Which slots the next query can read: a window's layer may hold some that it cannot."""
+    return (index >= 0) & (index > length - window) if window is not None else index >= 0
 
 
 def _check_gradients(case: _Case) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparing.anatomy import Anatomy
 from sparing.execute.gathered import refuse_revival
 from sparing.execute.planning import Pass
+from sparing.execute.visibility import capped
 from sparing.plan import LayerPlan
 from sparing.plan.layer_plan import Mask
 
@@ -45,6 +46,11 @@ class Dense:
     def install(self) -> None:
         """Put the hooks on; they do nothing unless a planned pass is running."""
         a = self.anatomy
+
+        def before_norm(_: nn.Module, args: Any) -> Any:
+            return None if self.current is None else (self._added(self.current, len(a.layers) - 1, args[0]),)
+
+        self._handles.append(a.decoder.norm.register_forward_pre_hook(before_norm))
         for i, layer in enumerate(a.layers):
 
             def before_layer(_: nn.Module, args: Any, kwargs: Any, i: int = i) -> Any:
@@ -92,14 +98,18 @@ class Dense:
         run = self.current
         if run is None:
             return None
-        x = args[0] if args else kwargs["hidden_states"]
-        run.cos, run.sin = kwargs["position_embeddings"]
+        x = before = args[0] if args else kwargs["hidden_states"]
+        x = self._added(run, i - 1, x)
+        if x is not before:
+            args, kwargs = (x, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": x}
+        if (kind := self.anatomy.rotary_kind(i)) is not None:
+            run.rotary[kind] = kwargs["position_embeddings"]
         self._inputs[i] = x
         plan = self._plans[i] = run.plan_attend(i, lambda: x)
         self._some[i] = None
         mask = self._mask(run, i, plan)
         if mask is None:
-            return None
+            return None if x is before else (args, kwargs)
         may, some = mask
         self._some[i] = some
         if self.anatomy.attention_backend == "eager":
@@ -107,6 +117,15 @@ class Dense:
             bias = torch.zeros_like(may, dtype=x.dtype).masked_fill_(~may, floor)
             return args, {**kwargs, "attention_mask": bias.unsqueeze(1)}
         return args, {**kwargs, "attention_mask": may.unsqueeze(1)}
+
+    @staticmethod
+    def _added(run: Pass, i: int, x: Tensor) -> Tensor:
+        """What a layer gave, with what the model adds to it."""
+        addition = run.addition(i)
+        if addition is None:
+            return x
+        where, features = addition
+        return x.index_put(torch.nonzero(where, as_tuple=True), features.to(x), accumulate=True)
 
     def _mask(self, run: Pass, i: int, plan: LayerPlan) -> tuple[Tensor, Tensor] | None:
         """`[b t T]`, who may read whom, and `[b t 1]`, who may read anyone; `None` where the stock mask says it all."""
@@ -133,25 +152,26 @@ class Dense:
         if readable is None and plan.sees is None:
             return None
         shown = state.tokens.valid if readable is None else readable
+        sees = run.sees(i, plan.sees)
 
         def build() -> tuple[Tensor, Tensor]:
             b, length = shown.shape
             key = torch.arange(length, device=shown.device)
             query = key[run.start :].expand(b, -1)
             slots = torch.where(shown, key.expand(b, -1), -1)
-            may, some = run.visible(query, slots, plan.sees)
+            may, some = run.visible(query, slots, sees)
             assert some is not None
             return may, some
 
-        return run.memo(("mask", id(readable), id(plan.sees)), build, readable, plan.sees)
+        return run.memo(("mask", id(readable), id(sees)), build, readable, sees)
 
     def _zeroed(self, run: Pass, i: int) -> Tensor:
         """What attention mixes when some weights are zeroed after the softmax: `[b t heads*head_dim]`, written out."""
         a, plan, state = self.anatomy, self._plans[i], run.state
         normed = a.attention_norm(i)(self._inputs[i])
-        query = a.rotate(a.query(i, normed), run.cos, run.sin).transpose(1, 2)
+        query = run.rotate(i, a.query(i, normed)).transpose(1, 2)
         if run.cache is None:
-            keys = a.rotate(a.key(i, normed), run.cos, run.sin).transpose(1, 2)
+            keys = run.rotate(i, a.key(i, normed)).transpose(1, 2)
             values = a.value(i, normed).transpose(1, 2)
         else:
             stored: Any = run.cache.layers[i]
@@ -162,10 +182,10 @@ class Dense:
         index = torch.arange(readable.shape[1], device=readable.device)
         slots = torch.where(readable, index.expand_as(readable), -1)
         asking = index[run.start :].expand(len(readable), -1)
-        may, _ = run.visible(asking, slots, plan.sees)
+        may, _ = run.visible(asking, slots, run.sees(i, plan.sees))
         groups = query.shape[1] // keys.shape[1]
         keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
-        scores = (query @ keys.transpose(-1, -2)).float() * a.scaling(i)
+        scores = capped((query @ keys.transpose(-1, -2)).float() * a.scaling(i), a.softcap(i))
         weights = scores.masked_fill(~may.unsqueeze(1), float("-inf")).softmax(-1)
         zeroed = plan.zeroes(asking.unsqueeze(2), slots.unsqueeze(1)).unsqueeze(1)
         return (weights.masked_fill(zeroed, 0).to(values.dtype) @ values).transpose(1, 2).flatten(2)

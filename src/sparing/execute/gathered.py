@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparing.anatomy import Anatomy
-from sparing.execute.cache import RaggedLayer
+from sparing.execute.cache import RaggedLayer, kept_slots
 from sparing.execute.planning import Pass
 from sparing.execute.rows import Residual, Rows
 from sparing.plan import LayerPlan
@@ -43,7 +43,7 @@ class Gathered:
         x = Residual(held.pop(), in_place=not torch.is_grad_enabled())
         hidden: list[Tensor] = []
         for layer in range(len(anatomy.layers)):
-            if keep_hidden:
+            if keep_hidden and layer == 0:
                 hidden.append(x.whole().clone())
             # Kept only for those who look back: it is a whole residual stream.
             layer_input = x.keep() if looks_back else None
@@ -59,10 +59,17 @@ class Gathered:
             _refuse_gate_gradients(plan.feed_weight)
             rows = run.rows(plan.feed, plan.capacity)
             if not rows.none:
-                branch = anatomy.mlp(layer)(anatomy.mlp_norm(layer)(x.take(rows)))
+                branch = anatomy.run_mlp(layer, anatomy.mlp_norm(layer)(x.take(rows)))
                 x.add(rows, _weighted(anatomy.finish_mlp(layer, branch), plan.feed_weight, rows))
             if before is not None and plan.block_weight is not None:
                 x.replace(before + plan.block_weight.unsqueeze(-1).to(before.dtype) * (x.whole() - before))
+            if keep_hidden and layer + 1 < len(anatomy.layers):
+                # As in transformers: without what is added between layers.
+                hidden.append(x.whole().clone())
+            if (addition := run.addition(layer)) is not None:
+                rows = run.rows(addition[0])
+                if not rows.none:
+                    x.add(rows, addition[1].to(x.take(rows)).view_as(x.take(rows)))
         last = anatomy.decoder.norm(x.whole())
         return last, (*hidden, last) if keep_hidden else ()
 
@@ -75,8 +82,10 @@ class Gathered:
         stored = run.cache.layers[layer] if run.cache is not None else None
         assert stored is None or isinstance(stored, RaggedLayer)
         if stored is not None and (freed := run.record.layers[layer].freed) is not None:
-            _check_freed(run, stored, freed, plan)
+            _check_freed(run, stored, freed, plan, layer)
             stored.free(freed)
+        if stored is not None:
+            _let_go(run, stored, layer)
         if written.none and readers.none:
             return None, readers
         normed = None
@@ -84,7 +93,7 @@ class Gathered:
         holes = False
         if not written.none:
             normed = norm(x.take(written))
-            key = anatomy.rotate(anatomy.key(layer, normed), *run.angles(written))
+            key = run.rotate(layer, anatomy.key(layer, normed), written)
             keys = written.pad(key).transpose(1, 2)
             values = written.pad(anatomy.value(layer, normed)).transpose(1, 2)
             holes = written.ragged
@@ -111,17 +120,18 @@ class Gathered:
             rows = readers.take(normed)  # type: ignore[arg-type]
         else:
             rows = norm(x.take(readers))
-        query = anatomy.rotate(anatomy.query(layer, rows), *run.angles(readers))  # type: ignore[arg-type]
+        query = run.rotate(layer, anatomy.query(layer, rows), readers)  # type: ignore[arg-type]
         query = readers.pad(query).transpose(1, 2)
         mask, some, causal = None, None, False
-        if readers is written and alone and plan.sees is None:
+        sees = run.sees(layer, plan.sees)
+        if readers is written and alone and sees is None:
             # Packed rows are in order and empty slots come last: the causal triangle is the whole mask.
             causal = readers.width > 1
-        elif not (readers is written and readers.width == 1 and not holes and not readers.ragged and plan.sees is None):
+        elif not (readers is written and readers.width == 1 and not holes and not readers.ragged and sees is None):
             at = run.memo(("index", id(readers)), lambda: _shifted(readers.index, run.start), readers)
-            # Whoever reads every token sees at least itself.
+            # Whoever reads every token sees at least itself, through any window.
             certain = written.every and plan.sees is None and not readers.ragged
-            mask, some = run.visible(at, index, plan.sees, certain=certain)
+            mask, some = run.visible(at, index, sees, certain=certain)
         if mask is not None and alone and written.every:
             mixed = torch.cat(
                 [
@@ -152,16 +162,19 @@ class Gathered:
         module = anatomy.attention(layer)
         scaling = anatomy.scaling(layer)
         dropout: float = module.attention_dropout if module.training else 0.0
-        if self._eager:
+        cap = anatomy.softcap(layer)
+        if self._eager or cap is not None:
             if causal:
                 q = torch.arange(query.shape[2], device=query.device)
                 mask = (q[:, None] >= q)[None]
             bias = None
+            # Families that cap nothing do not all take the argument; the fused kernels never do.
+            extra = {} if cap is None else {"softcap": cap}
             if mask is not None:
                 floor = torch.finfo(query.dtype).min
                 bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, floor).unsqueeze(1)
             mixed, _ = anatomy.eager_attention(layer)(
-                module, query, keys, values, bias, scaling=scaling, dropout=dropout
+                module, query, keys, values, bias, scaling=scaling, dropout=dropout, **extra
             )
             return mixed.flatten(2)
         groups = query.shape[1] // keys.shape[1]
@@ -199,11 +212,25 @@ def _refuse_gate_gradients(weight: Tensor | None) -> None:
         )
 
 
-def _check_freed(run: Pass, stored: RaggedLayer, freed: Tensor, plan: LayerPlan) -> None:
+def _let_go(run: Pass, stored: RaggedLayer, layer: int) -> None:
+    """Give up what lies before the window of this pass's first query. Now and then: finding it waits for the device."""
+    window, index = run.state.ledger.shape.layers[layer].window, stored.index
+    if window is None or index is None or index.shape[1] <= 2 * window or run.cache is None:
+        return
+    first = run.start - window + 1
+    stored.take(*run.memo(("slots", id(index), first), lambda: kept_slots(index, index >= first), index))
+    run.cache.held_from[layer] = first
+
+
+def _check_freed(run: Pass, stored: RaggedLayer, freed: Tensor, plan: LayerPlan, layer: int) -> None:
     """A plan may not ask for a cached key that is gone; `Pass` keeps policies that only intersect from meaning that."""
     if len(run.policies) != 1 or stored.index is None:
         return
-    refuse_revival(freed, stored.readable(run.start), run)
+    readable = stored.readable(run.start)
+    if run.cache is not None:
+        # What the window let go was not hidden by a plan.
+        readable[:, : run.cache.held_from[layer]] = True
+    refuse_revival(freed, readable, run)
 
 
 def refuse_revival(freed: Tensor, readable: Tensor, run: Pass) -> None:

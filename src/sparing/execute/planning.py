@@ -12,10 +12,11 @@ from torch import Tensor
 from sparing.anatomy import Anatomy
 from sparing.execute.cache import PlannedCache, RaggedLayer, RunState
 from sparing.execute.rows import Rows
+from sparing.execute.visibility import capped, visible, within
 from sparing.plan import FULL, LayerPlan, ModelShape, Policy, PromptView, View
 from sparing.plan.layer_plan import Mask, Sees, both
 from sparing.plan.ledger import LayerRecord, PassRecord
-from sparing.tokens import Group, TokenMap
+from sparing.tokens import Group, ImageSpan, TokenMap
 
 
 class Pass:
@@ -41,26 +42,30 @@ class Pass:
         device: torch.device,
         logit_rows: int,
         encoder_features: Any,
+        encoded: int | None = None,
     ) -> None:
         self.anatomy, self.policies, self.state = anatomy, policies, state
         self.new, self.prefill, self.device = new, prefill, device
         self.start = state.tokens.length - new.length
         self.encoder_features = encoder_features
         self.valid: Mask = new.valid if new.padded else True
-        self.cos: Tensor
-        self.sin: Tensor
+        self.rotary: dict[str, tuple[Tensor, Tensor]] = {}
+        """Cosines and sines of the new tokens, by the kind of layer (`Anatomy.rotary_kind`)."""
         self.cache: PlannedCache | None = None
+        self.additions: dict[int, tuple[Tensor, Tensor]] = {}
+        """What the model adds to the residual stream after a layer (`Anatomy.additions`)."""
         self._drops: list[int] = []
         self._memo: dict[tuple[Any, ...], Any] = {}
         self._kept: list[Any] = []
-        pictures = sum(span.start >= self.start for row in new.images for span in row) if any(new.images) else 0
+        pictures = [span for row in new.images for span in row if span.start >= self.start]
         self.record = PassRecord(
             start=self.start,
             valid=self.valid,
             batch=new.batch,
             length=new.length,
             logit_rows=logit_rows,
-            pictures=pictures,
+            pictures=len(pictures),
+            encoder=_encoder_flops(anatomy, pictures, encoded),
             layers=[LayerRecord(True, True, True) for _ in range(state.depth)],
             prefill=prefill,
         )
@@ -75,7 +80,7 @@ class Pass:
             view.state = memory
             policy.start(view)
         if view.position_ids is not position_ids:
-            if position_ids.ndim != 2:
+            if position_ids.ndim != 2 or self.new.position_ids.ndim != 2:
                 raise ValueError("re-indexing positions of several axes (M-RoPE) is not supported: keep the positions")
             self.state.shift = (position_ids - view.position_ids).expand(self.new.batch, -1)
             moved = view.position_ids.expand(self.new.batch, -1)
@@ -164,6 +169,16 @@ class Pass:
         valid = self.state.tokens.valid
         return valid if self.state.dropped_at is None else valid & (self.state.dropped_at > layer)
 
+    def addition(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """What is added after a layer to tokens that are in the next one: `[b t]` and `[n d]`; `None` if there is nothing."""
+        if layer not in self.additions:
+            return None
+        where, features = self.additions[layer]
+        here = self.here(layer + 1)
+        if not isinstance(here, Tensor):
+            return where, features
+        return self.memo(("added", id(where), id(here)), lambda: where & here, where, here), features[here[where]]
+
     def drop(self, mask: Tensor, layer: int) -> None:
         """Drop tokens `[b T]` from `layer` on."""
         tokens = self.state.tokens
@@ -218,9 +233,23 @@ class Pass:
         b, t = self.new.batch, self.new.length
         return self.memo(("rows", key), lambda: Rows(mask, b, t, self.device, capacity, blocked=blocked), mask)
 
-    def angles(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of chosen rows."""
-        return self.memo(("angles", id(rows)), lambda: (rows.take(self.cos), rows.take(self.sin)), rows)
+    def rotate(self, layer: int, x: Tensor, rows: Rows | None = None) -> Tensor:
+        """Rotate the queries or keys of chosen rows (of all new tokens by default), where the layer rotates them."""
+        kind = self.anatomy.rotary_kind(layer)
+        if kind is None:
+            return x
+        cos, sin = self.rotary[kind]
+        if rows is not None:
+            chosen: Rows = rows
+            cos, sin = self.memo(("angles", kind, id(rows)), lambda: (chosen.take(cos), chosen.take(sin)), rows)
+        return self.anatomy.rotate(x, cos, sin)
+
+    def sees(self, layer: int, sees: Sees | None) -> Sees | None:
+        """A plan's `sees` within the layer's window, where one bites."""
+        window = self.state.ledger.shape.layers[layer].window
+        if window is None or self.state.tokens.length <= window:
+            return sees
+        return self.memo(("window", window, id(sees)), lambda: within(window, sees), sees)
 
     def visible(
         self, query: Tensor, key: Tensor, sees: Sees | None, *, certain: bool = False
@@ -232,22 +261,18 @@ class Pass:
         """
         return self.memo(
             ("visible", id(query), id(key), id(sees), certain),
-            lambda: _visible(query, key, sees, certain=certain),
+            lambda: visible(query, key, sees, certain=certain),
             query,
             key,
             sees,
         )
 
 
-def _visible(query: Tensor, key: Tensor, sees: Sees | None, *, certain: bool = False) -> tuple[Tensor, Tensor | None]:
-    q, k = query.unsqueeze(2), key.unsqueeze(1)
-    may = (k <= q) & (k >= 0)
-    if sees is not None:
-        may = may & sees(q, k)
-    if certain:
-        return may, None
-    some = may.any(-1, keepdim=True)
-    return may | ~some, some
+def _encoder_flops(anatomy: Anatomy, pictures: Sequence[ImageSpan], encoded: int | None) -> int:
+    """Of the pictures of a pass; `encoded` tokens came out of the encoder (`generate` repeats them for beams)."""
+    flops = sum(anatomy.picture_flops(span) for span in pictures)
+    tokens = sum(span.stop - span.start for span in pictures)
+    return flops if encoded is None or encoded >= tokens else flops * encoded // tokens
 
 
 class LayerView(View):
@@ -321,7 +346,6 @@ class LayerView(View):
         """Attention probabilities of chosen queries (see `View.scores`)."""
         run, anatomy, layer = self._run, self._run.anatomy, self.layer
         b, t = run.new.batch, run.new.length
-        cos, sin = run.cos.expand(b, -1, -1), run.sin.expand(b, -1, -1)
         shape = self.shape.layers[layer]
         if self._keys is None:
             # Kept for further calls in this layer: those who rank by many queries ask in chunks.
@@ -329,14 +353,14 @@ class LayerView(View):
             if source is None:
                 raise ValueError("scores() in plan_feed needs the layer's input: set looks_back = True on the policy")
             normed = anatomy.attention_norm(layer)(source)
-            self._keys = normed, anatomy.rotate(anatomy.key(layer, normed), cos, sin).transpose(1, 2)
+            self._keys = normed, run.rotate(layer, anatomy.key(layer, normed)).transpose(1, 2)
             self.spend(b * t * shape.kv_flops // 2)
         normed, k = self._keys
         at = queries[..., None]
         q = anatomy.query(layer, normed.gather(1, at.expand(-1, -1, normed.shape[-1])))
-        q = anatomy.rotate(
-            q, cos.gather(1, at.expand(-1, -1, cos.shape[-1])), sin.gather(1, at.expand(-1, -1, sin.shape[-1]))
-        )
+        if (kind := anatomy.rotary_kind(layer)) is not None:
+            cos, sin = (x.expand(b, -1, -1).gather(1, at.expand(-1, -1, x.shape[-1])) for x in run.rotary[kind])
+            q = anatomy.rotate(q, cos, sin)
         index = torch.arange(run.start, run.start + t, device=k.device).expand(b, t)
         readable = run.alive(layer)
         cached = run.cached_keys(layer)
@@ -350,8 +374,10 @@ class LayerView(View):
         group = q.shape[2] // k.shape[1]
         q = q.transpose(1, 2).unflatten(1, (k.shape[1], group))
         logits = (q @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * anatomy.scaling(layer)
+        logits = capped(logits, anatomy.softcap(layer))
         # Not through the pass's memo, which would keep a mask for every chunk of queries.
-        may, some = _visible(queries + run.start, index, self._plan.sees if self._plan else None)
+        sees = run.sees(layer, self._plan.sees if self._plan else None)
+        may, some = visible(queries + run.start, index, sees)
         assert some is not None
         open_slot = readable.gather(1, index.clamp(min=0)) & (index >= 0)
         may = may & some & open_slot[:, None]

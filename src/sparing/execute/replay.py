@@ -124,6 +124,7 @@ def readable_pairs(ledger: Ledger, layer: int) -> Bool[Tensor, "b T T"]:
     """Which query could read which key in a layer, when the query was new."""
     length, batch = ledger.length, ledger.passes[0].batch
     may = torch.zeros(batch, length, length, dtype=torch.bool)
+    window = ledger.shape.layers[layer].window
     key = torch.arange(length)
     kept = torch.zeros(batch, length, dtype=torch.bool)
     written = ledger.read(layer)
@@ -134,6 +135,8 @@ def readable_pairs(ledger: Ledger, layer: int) -> Bool[Tensor, "b T T"]:
             kept[:, : p.start] &= ~record.freed.cpu()
         kept[:, new] = written[:, new]
         block = kept[:, None] & (key <= key[new, None])
+        if window is not None:
+            block = block & (key[new, None] - key < window)
         if record.sees is not None:
             block = block & record.sees(key[None, new, None], key[None, None]).cpu()
         may[:, new] = block

@@ -17,6 +17,9 @@ class LayerShape:
         head_dim: width of a head.
         intermediate: width of the MLP.
         mlp_matrices: matrices of the MLP (3 with a gate, 2 without).
+        window: a query sees keys less than this many tokens back; `None` if it sees all.
+        experts: MLPs that a router inside the MLP chooses from; 0 if there is one MLP and no router.
+        active_experts: how many of them a token runs; `intermediate` is the width of each.
     """
 
     hidden: int
@@ -25,6 +28,9 @@ class LayerShape:
     head_dim: int
     intermediate: int
     mlp_matrices: int = 3
+    window: int | None = None
+    experts: int = 0
+    active_experts: int = 1
 
     @property
     def query_flops(self) -> int:
@@ -43,8 +49,9 @@ class LayerShape:
 
     @property
     def mlp_flops(self) -> int:
-        """One row through the MLP."""
-        return 2 * self.mlp_matrices * self.hidden * self.intermediate
+        """One row through the MLP: with experts, those that it runs and the router that chooses them."""
+        one = self.mlp_matrices * self.hidden * self.intermediate
+        return 2 * (one * self.active_experts + self.hidden * self.experts)
 
     @property
     def kv_width(self) -> int:
@@ -60,7 +67,8 @@ class ModelShape:
         layers: one `LayerShape` a layer.
         vocabulary: rows of the output matrix.
         element_bytes: bytes of one cached element.
-        encoder_flops: operations of the vision encoder and projector on one picture; 0 for text models.
+        encoder_flops: operations of the vision encoder and projector on one picture (one tile of it, where there are tiles); 0 for
+            text models.
     """
 
     layers: tuple[LayerShape, ...]
@@ -108,7 +116,8 @@ class Cost:
     Attributes:
         prefill: the prompt's pass.
         decode: every pass after it.
-        kv_bytes: bytes of keys and values that can still be read at the end of the run, padding not counted.
+        kv_bytes: bytes of keys and values that can still be read at the end of the run; padding, and what lies before a
+            layer's window, not counted.
         ablation: whether results were changed on purpose; such a run is not a speed-up.
     """
 

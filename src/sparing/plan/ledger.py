@@ -49,6 +49,8 @@ class PassRecord:
     prefill: bool
     reorder: Int[Tensor, " b"] | None = None
     """Rows of the pass before that these rows continue (beams); `None` for the same ones."""
+    encoder: int = 0
+    """Operations of the vision encoder on this pass's pictures."""
 
     def history(self, columns: Tensor) -> Tensor:
         """What was gathered of earlier passes `[b T]`, cut to where this one starts and in its order of rows."""
@@ -134,10 +136,11 @@ class Ledger:
         phases = {True: _zero(), False: _zero()}
         kv = 0
         # Layers with the same decisions share their masks, so they are counted once.
-        counted: dict[tuple[int, ...], tuple[list[int], int]] = {}
+        counted: dict[tuple[int | None, ...], tuple[list[int], int]] = {}
         for layer, shape in enumerate(self.shape.layers):
-            marks = tuple(
-                id(m) for p in self.passes for r in (p.layers[layer],) for m in (r.attend, r.read, r.freed, r.sees)
+            marks = (
+                shape.window,
+                *(id(m) for p in self.passes for r in (p.layers[layer],) for m in (r.attend, r.read, r.freed, r.sees)),
             )
             if marks not in counted:
                 counts, kept = self._walk(layer)
@@ -159,7 +162,7 @@ class Ledger:
         for p in self.passes:
             flops = phases[p.prefill][0]
             flops["lm_head"] += p.logit_rows * 2 * self.shape.hidden * self.shape.vocabulary
-            flops["encoder"] += p.pictures * self.shape.encoder_flops
+            flops["encoder"] += p.encoder
         prefill, decode = (PhaseCost(*phases[k]) for k in (True, False))
         return Cost(prefill, decode, kv * self.shape.element_bytes, self.ablation)
 
@@ -175,6 +178,7 @@ class Ledger:
     def _walk(self, layer: int) -> tuple[list[int], Bool[Tensor, "b T"]]:
         """Query-key pairs of each pass (attending queries, keys readable to them), and the keys kept at the end."""
         pairs: list[int] = []
+        window = self.shape.layers[layer].window
         kept = torch.zeros(self.passes[0].batch, 0, dtype=torch.bool)
         for p in self.passes:
             record = p.layers[layer]
@@ -187,14 +191,22 @@ class Ledger:
                 continue
             attend = _fill(record.attend, p)
             if record.sees is None:
-                visible = kept.long().cumsum(1)[:, p.start :]
-                pairs.append(int((visible * attend).sum()))
+                visible = kept.long().cumsum(1)
+                if window is not None and window < visible.shape[1]:
+                    visible = torch.cat([visible[:, :window], visible[:, window:] - visible[:, :-window]], dim=1)
+                pairs.append(int((visible[:, p.start :] * attend).sum()))
             else:
                 query, key = torch.arange(p.start, p.start + p.length), torch.arange(kept.shape[1])
                 may = record.sees(query[None, :, None], key[None, None, :]).cpu() & kept[:, None]
                 may = may & (key[None, None] <= query[None, :, None])
+                if window is not None:
+                    may = may & (query[None, :, None] - key[None, None] < window)
                 pairs.append(int((may & attend[:, :, None]).sum()))
-        return pairs, self._now(kept)
+        kept = self._now(kept)
+        if window is not None:
+            # What the next query cannot see no later one can.
+            kept[:, : max(kept.shape[1] - window + 1, 0)] = False
+        return pairs, kept
 
     def _column(self, layer: int, part: Callable[[LayerRecord], Mask]) -> Bool[Tensor, "b T"]:
         self._require_passes()

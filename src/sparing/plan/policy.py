@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparing.plan.cost import ModelShape
 from sparing.plan.layer_plan import FULL, LayerPlan
@@ -140,6 +141,26 @@ class Policy(abc.ABC):
     def plan_feed(self, view: View) -> LayerPlan:
         """Plan a layer's MLP, after its attention. Only the MLP part of what is returned counts."""
         return FULL
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments that make this policy again, learned tensors aside: what `sparing.save` writes.
+
+        They are read from the attributes of the same names; override it where there are none.
+
+        Raises:
+            ValueError: an argument is not kept as an attribute.
+        """
+        cls = type(self)
+        if cls.__init__ in (object.__init__, nn.Module.__init__):
+            return {}
+        found = {}
+        for name, parameter in inspect.signature(cls).parameters.items():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not hasattr(self, name):
+                raise ValueError(
+                    f"{cls.__name__} does not keep its argument {name!r}: set self.{name} in __init__, or override arguments()"
+                )
+            found[name] = getattr(self, name)
+        return found
 
     def conflict(self, other: Policy) -> str | None:
         """Why this policy contradicts `other`, and how to mend it; `None` if it does not."""

@@ -28,12 +28,27 @@ class ImageSpan(NamedTuple):
     """Where one image lies in one row, and its token grid.
 
     `start:stop` are original indices; `grid` is (height, width) in tokens. A span may hold more tokens than
-    `height * width` (newline or class tokens): those are not patches.
+    `height * width` (a class token, an overview in front, a newline after each row of the grid): those are not patches of
+    the grid. `patches()` says which are.
+
+    Attributes:
+        offset: tokens of the span before the first patch of the grid.
+        stride: tokens from one row of the grid to the next; 0 means its width.
+        tiles: how often the vision encoder ran for it.
     """
 
     start: int
     stop: int
     grid: tuple[int, int]
+    offset: int = 0
+    stride: int = 0
+    tiles: int = 1
+
+    def patches(self) -> Int[Tensor, "h w"]:
+        """The original index of each patch of the grid."""
+        height, width = self.grid
+        rows = torch.arange(height).unsqueeze(1) * (self.stride or width)
+        return self.start + self.offset + rows + torch.arange(width)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,146 @@
+"""Qwen2.5-VL and Qwen3-VL: pictures of any size, merged patches, positions of three axes, features added between layers (3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sparing.anatomy.base import HFModule
+from sparing.anatomy.vision import VisionAnatomy, both_sides, transformer_flops
+from sparing.tokens import ImageSpan, TokenMap
+
+AXES = 3
+"""Time, height and width."""
+
+
+class QwenVLAnatomy(VisionAnatomy):
+    """What `Qwen2_5_VLForConditionalGeneration` and `Qwen3VLForConditionalGeneration` share."""
+
+    picture_sizes = ("image_grid_thw",)
+
+    @property
+    def vision_encoder(self) -> HFModule:
+        """The vision transformer with its merger."""
+        return self.model.model.visual
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Pictures have sizes of their own; this one, of 32 x 32 patches, stands for them where one must."""
+        side = 32 // self.config.vision_config.spatial_merge_size
+        return side, side
+
+    def layouts(self, inputs: Mapping[str, Any]) -> Iterable[ImageSpan]:
+        """From `image_grid_thw`; a token covers `spatial_merge_size` squared patches.
+
+        Raises:
+            ValueError: no `image_grid_thw`.
+        """
+        grids = inputs.get("image_grid_thw")
+        if grids is None:
+            raise ValueError(
+                "image tokens without image_grid_thw: pass what the processor returned, and encode pictures inside apply"
+            )
+        return self._layouts(grids.tolist())
+
+    def _layouts(self, grids: list[list[int]]) -> Iterator[ImageSpan]:
+        merge = self.config.vision_config.spatial_merge_size
+        for frames, height, width in grids:
+            if frames != 1:
+                raise ValueError(
+                    f"a picture of {frames} frames has no grid of height and width: pass one frame a picture"
+                )
+            down, across = height // merge, width // merge
+            yield ImageSpan(0, down * across, (down, across))
+
+    def read_tokens(self, inputs: Mapping[str, Any]) -> TokenMap:
+        """As in `Anatomy`, with the model's own positions where they can be told."""
+        found = super().read_tokens(inputs)
+        positions = found.position_ids
+        ids, types, grids = (inputs.get(name) for name in ("input_ids", "mm_token_type_ids", "image_grid_thw"))
+        if inputs.get("position_ids") is None and ids is not None and types is not None and grids is not None:
+            mask = inputs.get("attention_mask")
+            positions, _ = self.model.model.get_rope_index(ids, types, image_grid_thw=grids, attention_mask=mask)
+        return dataclasses.replace(found, position_ids=self.positions(positions))
+
+    def positions(self, position_ids: Tensor) -> Tensor:
+        """`[3 b t]`, from one row a token, from three, or from three behind that of the text."""
+        if position_ids.ndim == 2:
+            return position_ids.expand(AXES, *position_ids.shape)
+        return position_ids[-AXES:].expand(AXES, *position_ids.shape[1:])
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, kind: str = "all") -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[b t head_dim]`, each part of a head turned by its axis."""
+        return super().rotary(hidden, self.positions(position_ids), kind)
+
+    def encoder_flops(self) -> int:
+        """For a picture of 32 x 32 patches. The ledger counts every picture's own (`picture_flops`)."""
+        return self.picture_flops(ImageSpan(0, 0, self.grid))
+
+    def picture_flops(self, span: ImageSpan) -> int:
+        """Patch embedding, all layers, and the merger."""
+        vision = self.config.vision_config
+        merge = vision.spatial_merge_size**2
+        tokens = span.grid[0] * span.grid[1]
+        patches, d = tokens * merge, vision.hidden_size
+        (high, wide), (frames, _) = both_sides(vision.patch_size), both_sides(vision.temporal_patch_size)
+        embedding = 2 * patches * d * vision.in_channels * frames * high * wide
+        return (
+            embedding
+            + self.layer_flops(patches)
+            + self.mergers * 2 * tokens * merge * d * (merge * d + vision.out_hidden_size)
+        )
+
+    mergers = 1
+    """How many mergers run on the patches."""
+
+    def layer_flops(self, patches: int) -> int:
+        """All layers of the encoder, every patch attending to all."""
+        vision = self.config.vision_config
+        return vision.depth * transformer_flops(vision, patches)
+
+
+class Qwen2_5VLAnatomy(QwenVLAnatomy):
+    """`Qwen2_5_VLForConditionalGeneration`."""
+
+    model_types = ("qwen2_5_vl",)
+    decoders: ClassVar[Mapping[str, str]] = {"qwen2_5_vl_text": "qwen2"}
+
+    def layer_flops(self, patches: int) -> int:
+        """Most layers attend within windows. Windows cut by a picture's edge count as whole ones."""
+        vision = self.config.vision_config
+        wide, _ = both_sides(vision.patch_size)
+        side = vision.window_size // vision.spatial_merge_size // wide * vision.spatial_merge_size
+        whole = len([i for i in vision.fullatt_block_indexes if i < vision.depth])
+        window = transformer_flops(vision, patches, gated=True, reach=min(side**2, patches))
+        return whole * transformer_flops(vision, patches, gated=True) + (vision.depth - whole) * window
+
+
+class Qwen3VLAnatomy(QwenVLAnatomy):
+    """`Qwen3VLForConditionalGeneration`.
+
+    After each of the first layers the model adds features of the encoder to the image tokens' residual. They are added to every
+    token that is not dropped, whatever a plan leaves out: a token that skips all branches changes all the same.
+    """
+
+    model_types = ("qwen3_vl",)
+    decoders: ClassVar[Mapping[str, str]] = {"qwen3_vl_text": "qwen3"}
+    adds = ("visual_pos_masks", "deepstack_visual_embeds")
+
+    def additions(self, kwargs: Mapping[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
+        """The features of the encoder's layers, for the image tokens."""
+        features, where = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
+        if features is None or where is None:
+            return {}
+        return {layer: (where, part) for layer, part in enumerate(features)}
+
+    def window(self, layer: int) -> int | None:
+        """No layer slides (Qwen3's own config names the layers that do; this one has no such entry)."""
+        return None
+
+    @property
+    def mergers(self) -> int:  # type: ignore[override]
+        """One for the tokens, one for each layer whose features are added."""
+        return 1 + len(self.config.vision_config.deepstack_visual_indexes)

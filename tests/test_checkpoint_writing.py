@@ -1,0 +1,139 @@
+"""How checkpoints are written: whole or not at all, and nothing of anybody else's is lost."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparing
+from checkpoint_cases import files_of, save_skipping
+from checkpoint_kills import kill_at_each_step, kill_while_saving
+from models import llama
+from sparing.checkpoint import replacing
+
+
+def test_nothing_else_is_overwritten(tmp_path):
+    """A file, a folder of other things: refused. What others put beside a checkpoint, their README too, stays."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        sparing.save(llama(), tmp_path / "file")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    with pytest.raises(ValueError, match="holds other things .chapter.tex."):
+        sparing.save(llama(), tmp_path / "thesis")
+    saved = tmp_path / "saved"
+    save_skipping(saved)
+    assert "SkipGPT" in (saved / "README.md").read_text()
+    sparing.save(llama(), saved)
+    assert "SkipGPT" not in (saved / "README.md").read_text()
+    (saved / "README.md").write_text("mine")
+    (saved / "notes").mkdir()
+    (saved / "notes" / "a.txt").write_text("kept")
+    (tmp_path / "link").symlink_to(saved)
+    save_skipping(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (saved / "README.md").read_text() == "mine"
+    assert "SkipGPT" in (saved / "README.sparing.md").read_text()
+    assert (saved / "notes" / "a.txt").read_text() == "kept"
+    assert not (saved / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["ctrl-c", "full"])
+@pytest.mark.parametrize(("step", "nth"), [("rename", 0), ("rename", 1), ("fsync", 0), ("fsync", 3), ("link", 0)])
+def test_an_interrupted_save_leaves_the_old_one(step, nth, error, tmp_path, monkeypatch):
+    """Ctrl-C and a full disk at every kind of step: the old checkpoint is as it was, and nothing is left beside it."""
+    saved = tmp_path / "saved"
+    save_skipping(saved)
+    (saved / "mine.txt").write_text("kept")
+    before, real, count = files_of(saved), getattr(os, step), [0]
+
+    def fails(*args, **kwargs):
+        count[0] += 1
+        if count[0] == nth + 1:
+            raise error
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replacing.os, step, fails)
+        if step == "link" and isinstance(error, OSError):
+            sparing.save(llama(), saved)  # a file system without links: copied
+            assert (saved / "mine.txt").read_text() == "kept"
+            return
+        with pytest.raises(type(error)) as caught:
+            sparing.save(llama(), saved)
+    if isinstance(error, OSError):
+        message = str(caught.value)
+        assert message.startswith(f"could not save to {saved} (")
+        assert "No space left" in message
+        assert "as it was" in message
+        assert "\n" not in message
+    assert files_of(saved) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="could not save to .*File exists"):
+        sparing.save(llama(), tmp_path / "file" / "saved")
+
+
+def test_a_save_killed_between_its_renames(tmp_path):
+    """The old one, put aside, is found; the next save tidies up and keeps another process's work."""
+    saved = tmp_path / "saved"
+    save_skipping(saved)
+    before = files_of(saved)
+    (tmp_path / ".saved.sparing-new-1").mkdir()
+    (tmp_path / ".saved.sparing-trash-1").mkdir()
+    saved.rename(tmp_path / ".saved.sparing-old")
+    assert sparing.run_of(sparing.load(saved)[0]) is not None
+    with replacing.replaced(tmp_path / "saved", lambda name: True) as new:
+        assert files_of(saved) == before
+        save_skipping(tmp_path / "saved")
+        assert new.exists()  # ours is not a leftover
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_full_disk(tmp_path):
+    """A real failed write, by a limit on file sizes: one line, the old one whole, nothing beside it."""
+    saved = tmp_path / "saved"
+    save_skipping(saved)
+    before = files_of(saved)
+    code = (
+        "import resource, signal, sys; sys.path[:0] = sys.argv[2:]\n"
+        "import sparing, models\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try: sparing.save(models.llama(), sys.argv[1])\n"
+        "except OSError as error: print(error)\n"
+    )
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(saved), str(tests), str(tests.parent / "src")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip().count("\n") == 0, done.stdout + done.stderr
+    assert "could not save" in done.stdout, done.stdout + done.stderr
+    assert "as it was" in done.stdout
+    assert files_of(saved) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_killed_saves(tmp_path):
+    """SIGKILL at random moments: the old checkpoint or the new one loads, each time."""
+    figures = kill_while_saving(tmp_path, kills=12, seed=0)
+    assert figures["kills"] == 12
+    assert figures["lost_on_kill"] == 0
+    assert figures["interrupted_mid_save"] >= 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_killed_around_each_rename(tmp_path):
+    """SIGKILL right before and after each rename and removal, which random moments never hit."""
+    figures = kill_at_each_step(tmp_path)
+    assert figures["kills"] >= 8
+    assert figures["lost_on_kill"] == 0
+    assert figures["between_renames"] >= 1
