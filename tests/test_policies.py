@@ -8,7 +8,7 @@ import torch
 import sparing
 from oracles import Llama, embeddings
 from policy_cases import streamed
-from sparing.execute.planning import LayerView
+from sparing.execute.views import LayerView
 from sparing.plan import LayerPlan, Policy
 from sparing.policies import DLLM, EnterLate, FastV, MoD, PyramidDrop, SkipGPT, SkipModules, ViCA, WaitKMask
 from sparing.policies.gates import choose

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import sparing
+from sparing.cli.check import check
 from sparing.cli.demo import demo
 from sparing.cli.profile import profile
 from sparing.cli.zoo import zoo
@@ -43,6 +44,7 @@ def options(
 
 
 # A command is a function; a family of commands is a typer app of its own.
+app.command()(check)
 app.command()(demo)
 app.command()(profile)
 app.add_typer(zoo, name="zoo")

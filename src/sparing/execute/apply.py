@@ -16,10 +16,11 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sparing.anatomy import anatomy_of
+from sparing.execute.arrivals import new_tokens
 from sparing.execute.cache import PlannedCache, RunState
 from sparing.execute.dense import Dense
 from sparing.execute.gathered import Gathered
-from sparing.execute.planning import Pass, new_tokens
+from sparing.execute.planning import Pass
 from sparing.plan import Composed, Ledger, Policy
 from sparing.tokens import TokenMap
 

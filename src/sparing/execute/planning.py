@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from sparing.anatomy import Anatomy
 from sparing.execute.cache import PlannedCache, RaggedLayer, RunState
 from sparing.execute.rows import Rows
-from sparing.execute.visibility import capped, visible, within
-from sparing.plan import FULL, LayerPlan, ModelShape, Policy, PromptView, View
+from sparing.execute.views import LayerView, StartView
+from sparing.execute.visibility import visible, within
+from sparing.plan import FULL, LayerPlan, Policy
 from sparing.plan.layer_plan import Mask, Sees, both
 from sparing.plan.ledger import LayerRecord, PassRecord
-from sparing.tokens import Group, ImageSpan, TokenMap
+from sparing.tokens import ImageSpan, TokenMap
 
 
 class Pass:
@@ -75,7 +76,7 @@ class Pass:
 
     def begin_prompt(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Let every policy look at the prompt once; returns embeddings and positions as they left them."""
-        view = _StartView(self, embeds, position_ids)
+        view = StartView(self, embeds, position_ids)
         for policy, memory in zip(self.policies, self.state.memories, strict=True):
             view.state = memory
             policy.start(view)
@@ -273,211 +274,3 @@ def _encoder_flops(anatomy: Anatomy, pictures: Sequence[ImageSpan], encoded: int
     flops = sum(anatomy.picture_flops(span) for span in pictures)
     tokens = sum(span.stop - span.start for span in pictures)
     return flops if encoded is None or encoded >= tokens else flops * encoded // tokens
-
-
-class LayerView(View):
-    """What a policy may look at in one layer (see `View`)."""
-
-    def __init__(
-        self,
-        run: Pass,
-        layer: int,
-        residual: Callable[[], Tensor],
-        layer_input: Tensor | None,
-        *,
-        attended: bool,
-        plan: LayerPlan | None = None,
-    ) -> None:
-        self._run, self._input, self._attended, self._plan = run, layer_input, attended, plan
-        self._residual = residual
-        self.layer = layer
-        self.tokens, self.new = run.state.tokens, run.new
-        self.shape: ModelShape = run.state.ledger.shape
-        self.state: dict[Any, Any] = {}
-        self._normed: Tensor | None = None
-        self._keys: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def residual(self) -> Tensor:
-        """The residual stream; the fast executor puts it together only when asked."""
-        return self._residual()
-
-    @property
-    def prefill(self) -> bool:
-        """Whether this pass reads the prompt."""
-        return self._run.prefill
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the prompt, padding included."""
-        return self._run.state.prompt_length
-
-    @property
-    def encoder_features(self) -> Any:
-        """The vision encoder's output."""
-        return self._run.encoder_features
-
-    def normed(self) -> Tensor:
-        """The residual after this branch's norm."""
-        if self._normed is None:
-            anatomy = self._run.anatomy
-            norm = anatomy.mlp_norm(self.layer) if self._attended else anatomy.attention_norm(self.layer)
-            self._normed = norm(self.residual)
-            assert self._normed is not None
-        return self._normed
-
-    def alive(self) -> Tensor:
-        """Which tokens are neither padding nor dropped."""
-        return self._run.alive(self.layer)
-
-    def shared(self, name: str, build: Callable[[], Tensor], owner: object) -> Tensor:
-        """Built once a pass."""
-        return self._run.memo((name, id(owner)), build, owner)
-
-    def drop(self, mask: Tensor) -> None:
-        """Drop tokens from this layer on, or from the next one on after attention."""
-        self._run.drop(mask, self.layer + self._attended)
-
-    def spend(self, flops: int) -> None:
-        """Book the cost of deciding."""
-        self._run.record.layers[self.layer].spent += int(flops)
-
-    def scores(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Attention probabilities of chosen queries (see `View.scores`)."""
-        run, anatomy, layer = self._run, self._run.anatomy, self.layer
-        b, t = run.new.batch, run.new.length
-        shape = self.shape.layers[layer]
-        if self._keys is None:
-            # Kept for further calls in this layer: those who rank by many queries ask in chunks.
-            source = self._input if self._attended else self.residual
-            if source is None:
-                raise ValueError("scores() in plan_feed needs the layer's input: set looks_back = True on the policy")
-            normed = anatomy.attention_norm(layer)(source)
-            self._keys = normed, run.rotate(layer, anatomy.key(layer, normed)).transpose(1, 2)
-            self.spend(b * t * shape.kv_flops // 2)
-        normed, k = self._keys
-        at = queries[..., None]
-        q = anatomy.query(layer, normed.gather(1, at.expand(-1, -1, normed.shape[-1])))
-        if (kind := anatomy.rotary_kind(layer)) is not None:
-            cos, sin = (x.expand(b, -1, -1).gather(1, at.expand(-1, -1, x.shape[-1])) for x in run.rotary[kind])
-            q = anatomy.rotate(q, cos, sin)
-        index = torch.arange(run.start, run.start + t, device=k.device).expand(b, t)
-        readable = run.alive(layer)
-        cached = run.cached_keys(layer)
-        if cached is not None:
-            past, past_index, past_readable = cached
-            k, index = torch.cat([past, k], dim=2), torch.cat([past_index, index], dim=1)
-            if past_readable is not None:
-                readable = torch.cat([readable[:, : run.start] & past_readable, readable[:, run.start :]], dim=1)
-        if self._plan is not None and self._plan.read is not True:
-            readable = torch.cat([readable[:, : run.start], readable[:, run.start :] & self._plan.read], dim=1)
-        group = q.shape[2] // k.shape[1]
-        q = q.transpose(1, 2).unflatten(1, (k.shape[1], group))
-        logits = (q @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * anatomy.scaling(layer)
-        logits = capped(logits, anatomy.softcap(layer))
-        # Not through the pass's memo, which would keep a mask for every chunk of queries.
-        sees = run.sees(layer, self._plan.sees if self._plan else None)
-        may, some = visible(queries + run.start, index, sees)
-        assert some is not None
-        open_slot = readable.gather(1, index.clamp(min=0)) & (index >= 0)
-        may = may & some & open_slot[:, None]
-        logits = logits.float().masked_fill(~may[:, None], float("-inf"))
-        weights = torch.nan_to_num(logits.softmax(-1)).to(normed.dtype)
-        n = b * queries.shape[1]
-        self.spend(n * shape.query_flops // 2 + n * k.shape[2] * shape.pair_flops // 2)
-        return _columns(weights, index, run.state.tokens.length, keys)
-
-
-def _columns(weights: Tensor, index: Tensor, length: int, keys: Tensor | None) -> Tensor:
-    """Put slots `[b h q s]` at their original indices and take the wanted columns."""
-    b, h, q, _ = weights.shape
-    at = torch.where(index < 0, length, index)[:, None, None].expand(b, h, q, -1)
-    full = weights.new_zeros(b, h, q, length + 1).scatter_(3, at, weights)[..., :length]
-    return full if keys is None else full.gather(3, keys[:, None, None].expand(b, h, q, -1))
-
-
-class _StartView(PromptView):
-    """What a policy may look at and change before the first layer (see `PromptView`)."""
-
-    def __init__(self, run: Pass, embeds: Tensor, position_ids: Tensor) -> None:
-        self._run = run
-        self.embeds, self.position_ids = embeds, position_ids
-        self.tokens, self.shape = run.state.tokens, run.state.ledger.shape
-        self.state: dict[Any, Any] = {}
-
-    def drop(self, mask: Tensor) -> None:
-        """Drop tokens before the first layer."""
-        self._run.drop(mask, 0)
-
-    @property
-    def encoder_features(self) -> Any:
-        """The vision encoder's output."""
-        return self._run.encoder_features
-
-
-def new_tokens(anatomy: Anatomy, inputs: Mapping[str, Any], embeds: Tensor, state: RunState | None) -> TokenMap:
-    """The map of a pass's new tokens; `inputs` is what the model was called with.
-
-    While decoding one token a row, everything is text and nothing is looked up.
-    """
-    b, t = embeds.shape[:2]
-    past = 0 if state is None else state.tokens.length
-    mask = inputs.get("attention_mask")
-    all_open = mask is None or state is None or _continues(mask, state, t)
-    if state is not None and t == 1:
-        group = torch.full((b, 1), int(Group.TEXT), dtype=torch.int8, device=embeds.device)
-        present = frozenset({Group.TEXT})
-        if mask is not None and not all_open:
-            group, present = torch.where(mask[:, -1:] == 0, int(Group.PAD), group), frozenset()
-        segment = _no_segment(state, group)
-        return TokenMap(group, inputs["position_ids"], ((),) * b, segment, _ids_of(inputs, b, t), present)
-    ids = _ids_of(inputs, b, t)
-    tokens = anatomy.read_tokens({**inputs, "input_ids": ids, "inputs_embeds": embeds})
-    if state is None:
-        return tokens
-    images = tuple(tuple(s._replace(start=s.start + past, stop=s.stop + past) for s in row) for row in tokens.images)
-    group, present = tokens.group, tokens.present
-    if Group.SYSTEM in present and any(state.tokens.images):
-        # What precedes a row's later pictures is text.
-        again = torch.tensor([bool(row) for row in state.tokens.images], device=group.device).unsqueeze(1)
-        group, present = torch.where(again & (group == Group.SYSTEM), int(Group.TEXT), group), frozenset()
-    return dataclasses.replace(tokens, group=group, images=images, segment=_no_segment(state, group), present=present)
-
-
-def _continues(mask: Tensor, state: RunState, new: int) -> bool:
-    """Whether a mask leaves all new tokens open; waits for the device once.
-
-    Raises:
-        ValueError: a mask that is not 2-D, of another length, or with other padding before the new tokens than at first.
-    """
-    past, valid = state.tokens.length, state.tokens.valid
-    if mask.ndim != 2 and not state.idle:
-        raise ValueError(
-            f"attention_mask has {mask.ndim} dimensions: pass the 2-D padding mask, and express the rest with LayerPlan.sees"
-        )
-    if state.idle:
-        return mask.ndim != 2 or bool(mask[:, -new:].all())
-    if mask.shape[-1] != past + new:
-        raise ValueError(
-            f"attention_mask covers {mask.shape[-1]} tokens: give one entry for each of the {past} so far and the {new} new ones"
-        )
-    unchanged = ((mask[:, :past] != 0) == valid).all()
-    same, open_ = torch.stack([unchanged, mask[:, past:].all()]).tolist()
-    if not same:
-        raise ValueError(
-            "attention_mask hides or shows other cached tokens than before: keep its first part as it was, and say what "
-            "can no longer be read with LayerPlan.read"
-        )
-    return bool(open_)
-
-
-def _ids_of(inputs: Mapping[str, Any], batch: int, length: int) -> Tensor | None:
-    """The ids of a pass, if the model was called with them."""
-    ids = inputs.get("input_ids")
-    return ids if ids is not None and ids.shape == (batch, length) else None
-
-
-def _no_segment(state: RunState, group: Tensor) -> Tensor | None:
-    """Decoded tokens belong to no segment (-1), where the prompt has segments."""
-    segment = state.tokens.segment
-    return None if segment is None else torch.full_like(group, -1, dtype=segment.dtype)

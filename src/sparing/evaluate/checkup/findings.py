@@ -1,0 +1,105 @@
+"""What a check found, and what all checks of a model found together."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+Verdict = Literal["ok", "slow", "fails", "not applicable"]
+MODEL = "the model"
+"""The subject of checks that are about no policy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        name: of the check.
+        verdict: `ok`; `slow` (right, but slower than the stock model here); `fails`; `not applicable`.
+        sentence: the result in plain words.
+        numbers: what was measured, with what was allowed.
+        cure: what to do about it; empty where nothing is to be done.
+        subject: the policy that it is about, or `the model`.
+        seconds: that it took.
+    """
+
+    name: str
+    verdict: Verdict
+    sentence: str
+    numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cure: str = ""
+    subject: str = MODEL
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkup:
+    """All findings about a model.
+
+    Attributes:
+        model: name, family, layers, parameters, dtype, device, whether it sees pictures.
+        inputs: what it was run on.
+        tolerance: largest difference of logits that counts as rounding, as a share of the largest logit.
+        settings: how each policy was set, by subject.
+        findings: in the order of the checks.
+        seconds: for all.
+    """
+
+    model: dict[str, Any]
+    inputs: dict[str, Any]
+    tolerance: float
+    settings: dict[str, list[str]]
+    findings: list[Finding]
+    seconds: float
+
+    def of(self, subject: str) -> list[Finding]:
+        """The findings about a policy, or about the model."""
+        return [finding for finding in self.findings if finding.subject == subject]
+
+    def verdict(self, subject: str) -> Verdict:
+        """The worst verdict about a subject; `not applicable` if nothing but that was found."""
+        found = {finding.verdict for finding in self.of(subject)}
+        order: tuple[Verdict, ...] = ("fails", "slow", "ok", "not applicable")
+        return next(verdict for verdict in order if verdict in {*found, order[-1]})
+
+    @property
+    def safe(self) -> bool:
+        """Whether nothing fails."""
+        return all(finding.verdict != "fails" for finding in self.findings)
+
+    def policies(self, verdict: Verdict) -> list[str]:
+        """The policies with this verdict."""
+        return [subject for subject in self.settings if self.verdict(subject) == verdict]
+
+    def words(self) -> list[str]:
+        """The answer: what is safe here, what is slow, what fails, what has nothing to do."""
+        said = []
+        if self.verdict(MODEL) == "fails":
+            wrong = ", ".join(finding.name for finding in self.of(MODEL) if finding.verdict == "fails")
+            said.append(f"Do not use sparing on this model yet: {wrong} fails without any policy.")
+        groups: tuple[tuple[Verdict, str, str], ...] = (
+            ("fails", "Not safe: ", "; see the checks that fail."),
+            ("ok", "Safe to use on this model: ", "."),
+            ("slow", "Right, but slower than the stock model here: ", "."),
+            ("not applicable", "Nothing to do on this model: ", "."),
+        )
+        for verdict, lead, end in groups:
+            if names := self.policies(verdict):
+                said.append(lead + ", ".join(names) + end)
+        return said
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and the page."""
+        return {
+            "model": self.model,
+            "inputs": self.inputs,
+            "tolerance": self.tolerance,
+            "safe": self.safe,
+            "words": self.words(),
+            "policies": {
+                name: {"verdict": self.verdict(name), "settings": made} for name, made in self.settings.items()
+            },
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+            "seconds": self.seconds,
+        }

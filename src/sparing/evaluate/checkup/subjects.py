@@ -1,0 +1,131 @@
+"""The policies of a check-up, each at a few settings that fit the model's depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparing.ablate import knock_out
+from sparing.anatomy import anatomy_of
+from sparing.plan import Policy
+from sparing.policies import DLLM, DropTokens, EnterLate, FastV, MoD, PyramidDrop, SkipGPT, SkipModules, ViCA
+from sparing.tokens import Group, TokenMap
+
+NAMES = (
+    "SkipModules", "DropTokens", "EnterLate", "ViCA", "FastV", "PyramidDrop", "SkipGPT", "MoD", "DLLM", "knock_out"
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A policy to check.
+
+    Attributes:
+        name: of the policy.
+        make: one function a setting; each makes the policy, with the same weights every time. The first is timed.
+        pictures: whether it does something only where there are pictures.
+        ablation: whether it is one: it runs under `dense` alone, and is no speed-up.
+        fixed: settings for the padding check, where the others choose at random by the place in the batch.
+    """
+
+    name: str
+    make: Sequence[Callable[[], Policy]]
+    pictures: bool = False
+    ablation: bool = False
+    fixed: Sequence[Callable[[], Policy]] = ()
+
+
+def subjects_for(model: nn.Module, *, pictures: bool, seed: int = 0, quick: bool = False) -> list[Subject]:
+    """Every policy of the library at settings for this model; routers are random, drawn from `seed`.
+
+    Args:
+        model: a Hugging Face model.
+        pictures: whether there are pictures to drop.
+        seed: of the routers and of the random choice of tokens.
+        quick: one setting a policy.
+    """
+    depth = len(anatomy_of(model).layers)
+    middle, last = depth // 2, depth - 1
+    group = Group.IMAGE if pictures else Group.TEXT
+    stages = sorted({max(depth // 4, 1), max(middle, 1), max(3 * depth // 4, 1)} & set(range(1, depth))) or [1]
+    ranked = min(2, max(last, 1))
+    routed: dict[str, Any] = {} if depth > 2 else {"layers": [last]}
+
+    def seeded(build: Callable[[], Policy]) -> Callable[[], Policy]:
+        def make() -> Policy:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                policy = build()
+                # Some fresh routers begin by running everything, and would check nothing.
+                for name, parameter in policy.named_parameters() if isinstance(policy, nn.Module) else ():
+                    if name.endswith("bias"):
+                        parameter.data.normal_(0, 0.3)
+                return policy
+
+        return make
+
+    skips: list[Callable[[], Policy]] = [
+        lambda: SkipModules([middle], [last]),
+        lambda: SkipModules([last], [0, middle]),
+    ]
+    if pictures:
+        skips.append(lambda: SkipModules([middle], [middle, last], groups=[Group.IMAGE]))
+
+    def third(tokens: TokenMap) -> Tensor:
+        return tokens.of(group) & (tokens.valid.long().cumsum(1) % 3 == 2)
+
+    found = [
+        Subject("SkipModules", skips),
+        Subject(
+            "DropTokens",
+            [
+                lambda: DropTokens(groups=[group], keep=0.5, seed=seed),
+                lambda: DropTokens(groups=[group], keep=0.75, positions="reindex", seed=seed),
+            ],
+            fixed=[lambda: DropTokens(third), lambda: DropTokens(third, positions="reindex")],
+        ),
+        Subject("EnterLate", [lambda: EnterLate(middle), lambda: EnterLate(0, max(middle, 1))], pictures=True),
+        Subject(
+            "ViCA",
+            [lambda: ViCA(sorted({depth // 4, middle})), lambda: ViCA([middle], prefix="freeze")],
+            pictures=True,
+        ),
+        Subject("FastV", [lambda: FastV(ranked, 0.5), lambda: FastV(1, 0.25, rank_by="all")], pictures=True),
+        Subject(
+            "PyramidDrop", [lambda: PyramidDrop(stages, 0.5), lambda: PyramidDrop(stages[:1], 0.25)], pictures=True
+        ),
+        Subject(
+            "SkipGPT",
+            [
+                seeded(lambda: SkipGPT.for_model(model)),
+                seeded(lambda: SkipGPT.for_model(model, "release", sample=False, feed_reads="residual")),
+            ],
+        ),
+        Subject(
+            "MoD",
+            [
+                seeded(lambda: MoD.for_model(model, capacity=0.5, **routed)),
+                seeded(lambda: MoD.for_model(model, "paper", capacity=0.5)),
+            ],
+        ),
+        Subject(
+            "DLLM",
+            [
+                seeded(lambda: DLLM.for_model(model, start_layer=min(2, last))),
+                seeded(lambda: DLLM.for_model(model, "lrm-pruning", sample=False)),
+            ],
+        ),
+        Subject(
+            "knock_out",
+            [
+                lambda: knock_out(Group.TEXT, group, layers=[middle]),
+                lambda: knock_out(Group.TEXT, group, renormalise=True),
+            ],
+            ablation=True,
+        ),
+    ]
+    return [dataclasses.replace(s, make=s.make[:1]) for s in found] if quick else found
