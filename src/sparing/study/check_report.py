@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from sparing.study.pages import page_environment, write_page
 
 COLUMNS = (
     ("dense = gathered", "same result"),
@@ -30,14 +29,7 @@ def write_check(figures: Mapping[str, Any], run: Mapping[str, Any], path: Path) 
         run: the run's record: command, versions, hardware.
         path: the `.html` file.
     """
-    page = render_check(figures, run)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_page(render_check(figures, run), path)
 
 
 def render_check(figures: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -49,13 +41,7 @@ def render_check(figures: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         groups.setdefault(finding["subject"], []).append(finding)
     rows = [_row(name, entry, groups.get(name, [])) for name, entry in f["policies"].items()]
     counts = {verdict: sum(x["verdict"] == verdict for x in f["findings"]) for verdict in MARKS}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sparing.study"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters.update(short=_short)
     return environment.get_template("check.html.j2").render(
         f=f,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from sparing.study import charts
+from sparing.study.pages import page_environment, write_page
 
 PARTS = {
     "attention_projections": ("attention: Q and O", "a"),
@@ -32,14 +30,7 @@ def write_report(figures: Mapping[str, Any], run: Mapping[str, Any], path: Path)
         run: the run's record: command, versions, hardware.
         path: the `.html` file.
     """
-    page = render(figures, run)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_page(render(figures, run), path)
 
 
 def render(figures: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -54,13 +45,7 @@ def render(figures: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         [0.5, *(abs(b - a) for a, b in zip(painting["dense"], painting["planned"], strict=True) if a is not None)]
     )
     shares = [sum(p[m].count("3") for m in MODULE_NAMES) / (2 * depth) for p in painting["patterns"]]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sparing.study"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters.update(nats=charts.nats, count=_count, size=_size, digits=_digits)
     return environment.get_template("profile.html.j2").render(
         f=f,
