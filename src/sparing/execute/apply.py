@@ -251,10 +251,12 @@ class Run:
             if not state.idle and (attention_mask is not None or state.tokens.padded):
                 # The map says what is padding, also where the caller no longer does.
                 attention_mask = state.tokens.valid.long()
+            # Where nothing is planned the stock model embeds its ids itself; ours would only lie beside them to the end.
+            prompt = {"input_ids": input_ids} if input_ids is not None and state.idle else {"inputs_embeds": embeds}
+            del embeds, inputs_embeds
             try:
                 out = stock(
-                    # Where nothing is planned the stock model embeds its ids itself, and lets go of them as it would.
-                    **({"input_ids": input_ids} if input_ids is not None and state.idle else {"inputs_embeds": embeds}),
+                    **prompt,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
                     past_key_values=cache,
