@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # More pytest arguments, such as ARGS="-k parity".
 ARGS ?=
+# What `make test-versions` runs the tests on: constraints-oldest.txt, and versions of transformers.
+VERSIONS ?= oldest 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0
 # Cores for benchmarks; tests use as many processes of one thread each.
 THREADS ?= 2
 
@@ -11,10 +13,10 @@ threads = OMP_NUM_THREADS=$(1) MKL_NUM_THREADS=$(1) OPENBLAS_NUM_THREADS=$(1) TO
 offline = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench gpu docs lint
+.PHONY: help setup demo test test-versions bench gpu docs lint
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed ## create .venv with everything that developing needs
 
@@ -28,6 +30,9 @@ demo: setup ## the tour: profile a small model, act on it, report
 
 test: setup ## the tests, offline
 	$(call threads,1) $(offline) $(BIN)/python -m pytest -n $(THREADS) --dist worksteal $(ARGS)
+
+test-versions: ## the tests on other versions of transformers (an environment each; slow, by night)
+	$(call threads,1) $(offline) $(PYTHON) tests/versions.py $(VERSIONS) --pytest='-q -n $(THREADS) --dist worksteal $(ARGS)'
 
 bench: setup ## time the executors on this CPU
 	$(call threads,$(THREADS)) $(BIN)/python benchmarks/engine.py --json benchmarks/results/engine.json

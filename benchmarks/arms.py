@@ -145,29 +145,3 @@ def interleave(arms: dict[str, Callable[[], object]], rounds: int, warm_up: int 
 def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
     """Median over the rounds of one arm's time over another's."""
     return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
-
-
-def peak_bytes(arm: Callable[[], object]) -> int:
-    """The most memory allocated at once beyond what was there before, from the allocator's own events."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        with torch.no_grad():
-            out = arm()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        del out
-        return peak
-    with (
-        torch.no_grad(),
-        torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as p,
-    ):
-        out = arm()
-    del out
-    held = peak = 0
-    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak

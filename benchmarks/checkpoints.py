@@ -21,7 +21,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 from transformers.utils import logging
 
 import sparing
-from sparing.cli.record import environment, write_json
+from sparing.cli.record import write_json
+from sparing.evaluate.environment import environment
 
 # The models, policies and kills of the tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

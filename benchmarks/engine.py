@@ -17,10 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from arms import SkipAtRandom, ViCAOracle, build, interleave, peak_bytes, picture_prompt, ratio, text_prompt
+from arms import SkipAtRandom, ViCAOracle, build, interleave, picture_prompt, ratio, text_prompt
 
 import sparing
-from sparing.cli.record import environment, write_json
+from sparing.cli.record import write_json
+from sparing.evaluate.environment import environment
+from sparing.evaluate.memory import peak_bytes
 from sparing.policies import ViCA
 
 SHAPE = {"layers": 16, "hidden": 1024, "heads": 16, "mlp": 2816, "vocabulary": 32_000}

@@ -25,7 +25,8 @@ def versions():
 
 
 def save_for_ever(directory):
-    """What the child does."""
+    """What the child does; alone, because threads do not survive a fork."""
+    torch.set_num_threads(1)
     model, made = versions()
     while True:
         for weights, policy in made:
@@ -84,6 +85,7 @@ def kill_at_each_step(folder):
     for nth in range(100):
         child = os.fork()
         if child == 0:
+            torch.set_num_threads(1)
             left = [nth]
             for owner, name in ((replacing.os, "rename"), (replacing.shutil, "rmtree")):
                 setattr(owner, name, _dying(getattr(owner, name), left))

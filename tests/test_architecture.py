@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "decode": BASE,
     "train": BASE | METHODS | {"checkpoint", "decode", "worlds"},
     "evaluate": BASE | METHODS | {"checkpoint", "decode", "train", "worlds"},
-    "study": BASE | METHODS | {"checkpoint", "decode", "train", "evaluate", "worlds"},
+    "study": BASE | METHODS | {"checkpoint", "decode", "train", "evaluate", "worlds", "zoo"},
     "zoo": BASE | METHODS | {"checkpoint", "decode", "train", "evaluate", "worlds"},
 }
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "sparing"}

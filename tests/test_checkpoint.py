@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import sparing
 from checkpoint_cases import FAMILIES, files_of, processor, save_skipping, tokenizer
-from models import llama
+from models import llama, text_batch, text_family
 from policy_cases import CASES, PolicyCase
 from sparing.policies import DLLM, DropTokens, MoD, SkipModules, ViCA
 from sparing.tokens import Group, TokenMap
@@ -21,14 +21,26 @@ SAVED = [
     *(case for case in CASES if case.name not in ("drop-keep", "drop-reindex", "mod-and-drop")),
     PolicyCase("drop-groups", lambda m: DropTokens(groups=[Group.TEXT], keep=0.7, seed=3)),
     PolicyCase("drop-reindex", lambda m: DropTokens(groups=[Group.TEXT], keep=0.7, positions="reindex")),
+    PolicyCase(
+        "three",
+        lambda m: DropTokens(groups=[Group.TEXT], keep=0.7, seed=3) & SkipModules(attention=[1]) & SkipModules(mlp=[0]),
+    ),
 ]
 SETTINGS = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+# Every policy on text, on pictures, and on windows beside full attention; there not those that need pictures.
+BUILDS = {**FAMILIES, "qwen3": (lambda: text_family("qwen3"), text_batch)}
+PAIRS = [
+    pytest.param(case, family, id=f"{case.name}-{family}")
+    for case in SAVED
+    for family in BUILDS
+    if family != "qwen3" or not case.pictures
+]
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """An ordinary checkpoint of each family."""
-    return {name: sparing.save(make(), tmp_path_factory.mktemp(name)) for name, (make, _) in FAMILIES.items()}
+    return {name: sparing.save(make(), tmp_path_factory.mktemp(name)) for name, (make, _) in BUILDS.items()}
 
 
 def generate(model, inputs, dtype):
@@ -37,13 +49,16 @@ def generate(model, inputs, dtype):
     return out.sequences, torch.stack(out.logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", SAVED, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "family"), PAIRS)
 @torch.no_grad()
 def test_generates_the_same_after_loading(case, family, plain, tmp_path):
-    """Every policy, cached, in both precisions, with a tokenizer or processor and without; parameters and buffers equal."""
-    batch = FAMILIES[family][1]
-    for dtype, given in ((torch.float32, None), (torch.bfloat16, tokenizer() if family == "llama" else processor())):
+    """Every policy, cached, in both precisions, with a tokenizer or processor and without; parameters and buffers equal.
+
+    Pairs, not the full product: each policy and composition on Llama, on LLaVA, and on Qwen3 with windows; each family with a
+    fixed policy, a vision policy and a router in `test_checkpoint_families.py`.
+    """
+    batch = BUILDS[family][1]
+    for dtype, given in ((torch.float32, None), (torch.bfloat16, processor() if family == "llava" else tokenizer())):
         # From a file too: `.to(bfloat16)` would round the rotary frequencies, and a file's tensors are aligned otherwise
         # than those in memory, so that matrix products of odd sizes round otherwise (seen: 2e-6).
         model, _ = sparing.load(plain[family], dtype=dtype)

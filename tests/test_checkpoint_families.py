@@ -7,6 +7,7 @@ import sparing
 import vision_models
 from checkpoint_cases import save_skipping
 from models import TEXT_FAMILIES, text_batch, text_family
+from sparing.policies import ViCA
 
 SETTINGS = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 CASES = [
@@ -26,6 +27,14 @@ def test_save_and_load(make, batch, tmp_path):
     for name, tensor in memory.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
     torch.testing.assert_close(model(**inputs).logits, memory(**inputs).logits, rtol=1e-4, atol=1e-4)
+    if "pixel_values" in inputs:
+        policies = [ViCA([0, 2])]
+        sparing.save(model, tmp_path / "vision", policies)
+        with sparing.apply(model, *policies):
+            expected = model.generate(**inputs, **SETTINGS).logits
+        found = sparing.load(tmp_path / "vision")[0].generate(**inputs, **SETTINGS).logits
+        assert torch.equal(torch.stack(expected), torch.stack(found))
+    # A router and a fixed policy.
     with sparing.apply(model, *save_skipping(tmp_path / "saved", model)):
         before = model.generate(**inputs, **SETTINGS)
     loaded, _ = sparing.load(tmp_path / "saved")

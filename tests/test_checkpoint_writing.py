@@ -1,11 +1,15 @@
 """How checkpoints are written: whole or not at all, and nothing of anybody else's is lost."""
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparing
 from checkpoint_cases import files_of, save_skipping
@@ -137,3 +141,114 @@ def test_killed_around_each_rename(tmp_path):
     assert figures["kills"] >= 8
     assert figures["lost_on_kill"] == 0
     assert figures["between_renames"] >= 1
+
+
+def test_other_projects_are_no_checkpoints(tmp_path):
+    """A folder whose `config.json` is somebody else's is refused; what only looks like a tokenizer's file stays."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "config.json").write_text('{"port": 80}')
+    with pytest.raises(ValueError, match="holds other things .config.json."):
+        sparing.save(llama(), tmp_path / "app")
+    assert (tmp_path / "app" / "config.json").read_text() == '{"port": 80}'
+    saved = sparing.save(llama(), tmp_path / "saved")
+    (saved / "tokenizer_notes.py").write_text("mine")
+    sparing.save(llama(), saved)
+    assert (saved / "tokenizer_notes.py").read_text() == "mine"
+
+
+def in_child(work):
+    """Run `work` in a fork; returns its process id. Starting Python and torch anew would take seconds."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            work()
+            os._exit(0)
+        except KeyboardInterrupt:
+            os._exit(130)
+        except OSError as error:
+            os._exit(3 if "could not save to" in str(error) and "as it was" in str(error) else 4)
+        finally:
+            os._exit(1)
+    return child
+
+
+def code_of(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_read_only_folder():
+    """Nobody's process may not write there: one line, the old one whole. Root may always, so the child is not root."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own lie in one that nobody else may enter
+        refuses_to_write(Path(folder))
+
+
+def refuses_to_write(tmp_path):
+    tmp_path.chmod(0o755)
+    saved = tmp_path / "saved"
+    save_skipping(saved)
+    before = files_of(saved)
+
+    def work():
+        if os.geteuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        else:
+            tmp_path.chmod(0o555)
+        sparing.save(llama(), saved)
+
+    assert code_of(in_child(work)) == 3
+    tmp_path.chmod(0o755)
+    assert files_of(saved) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def interrupted(child):
+    """Press Ctrl-C, again where Python lost it in a destructor; the child's code, `None` if it would not stop."""
+    for _ in range(20):
+        os.kill(child, signal.SIGINT)
+        for _ in range(20):
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGINT")
+@pytest.mark.parametrize("what", ["save", "load"])
+def test_ctrl_c(what, tmp_path):
+    """SIGINT at different moments of saves and loads: a KeyboardInterrupt, a whole checkpoint, nothing beside it."""
+    saved = tmp_path / "saved"
+    save_skipping(saved)
+
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        while True:
+            save_skipping(saved) if what == "save" else sparing.load(saved)
+
+    for delay in (0.11, 0.17, 0.23):
+        child = in_child(work)
+        time.sleep(delay)
+        assert interrupted(child) == 130
+        assert sparing.run_of(sparing.load(saved)[0]) is not None
+        assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_save_to_the_same_place(tmp_path):
+    """Both succeed, the last one stays, whole, and nothing is left beside it; the path has spaces and more than ASCII."""
+    saved = tmp_path / "my mödel"
+    save_skipping(saved)
+
+    def work():
+        for _ in range(6):
+            save_skipping(saved)
+
+    children = [in_child(work) for _ in range(2)]
+    assert [code_of(child) for child in children] == [0, 0]
+    assert sparing.run_of(sparing.load(saved)[0]) is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["my mödel"]

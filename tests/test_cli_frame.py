@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from sparing.cli import errors, record
+from sparing.evaluate import environment
 
 HEAVY = ("torch", "transformers", "datasets", "numpy", "matplotlib")
 
@@ -256,19 +257,19 @@ sys.exit(errors.run(app, [], debug=False))
 
 
 def test_git_state_is_that_of_the_checkout_only(tmp_path):
-    assert record.git_state(tmp_path) is None
+    assert environment.git_state(tmp_path) is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
-    assert record.git_state(tmp_path) is None
+    assert environment.git_state(tmp_path) is None
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    state = record.git_state(tmp_path)
+    state = environment.git_state(tmp_path)
     assert state is not None
     assert len(state["sha"]) == 40
     assert not state["dirty"]
     (tmp_path / "new.py").touch()
-    assert record.git_state(tmp_path) == {**state, "dirty": True}
+    assert environment.git_state(tmp_path) == {**state, "dirty": True}
     (tmp_path / "inside").mkdir()
-    assert record.git_state(tmp_path / "inside") is None
+    assert environment.git_state(tmp_path / "inside") is None
 
 
 def test_options_name_devices_and_dtypes():

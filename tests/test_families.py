@@ -246,6 +246,8 @@ def test_long_rope():
     model, inputs = transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes)).eval(), text_batch("left")
     settings = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     stock = model.generate(**inputs, **settings)
+    if not torch.equal(stock, model.generate(**inputs, **settings, use_cache=False)):
+        pytest.skip("this transformers forgets the prompt where the base changes (seen in 5.17)")
     for execute in EXECUTORS:
         with sparing.apply(model, execute=execute, force=True):
             assert torch.equal(model.generate(**inputs, **settings), stock)

@@ -301,7 +301,7 @@ def test_speed_is_measured_for_both_arms_with_their_operations(model, windows):
     assert timing.prefill_flops < 1
     assert timing.decode_flops < 1
     assert timing.kv_bytes["planned"] == 0 < timing.kv_bytes["dense"]
-    assert timing.peak_bytes is None
+    assert 0 < timing.peak_bytes["planned"] <= timing.peak_bytes["dense"]
 
 
 def test_logits_that_are_not_finite_are_explained(windows):

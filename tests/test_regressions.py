@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import sparing
 from models import IMAGE, PATCHES, llama, llava, text_batch
+from sparing.execute.apply import SELECTS
 from sparing.plan import LayerPlan, Policy
 from sparing.policies import DropTokens, EnterLate, SkipModules, ViCA
 from sparing.tokens import Group, TokenMap
@@ -341,7 +342,10 @@ def test_chosen_hidden_states_are_those_that_went_on():
     model, ids = llama(), random_ids(2, 9)
     model(ids, output_hidden_states=True)  # from now on transformers' own hooks are on the layers
     policy = Planned(block_weight=torch.rand(2, 9, generator=torch.Generator().manual_seed(2)))
-    for wanted in (True, 2, [1, -1], [7]):
+    if not SELECTS:
+        with sparing.apply(model, policy), pytest.raises(ValueError, match="pass True and choose"):
+            model(ids, output_hidden_states=[1, -1])
+    for wanted in (True, 2, [1, -1], [7]) if SELECTS else (True,):
         found = []
         for execute in EXECUTORS:
             with sparing.apply(model, policy, execute=execute):

@@ -1,5 +1,7 @@
 """Vision families: identity, parity in prefill and cached decode, `generate()`, one setting of each kind of policy."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -150,7 +152,7 @@ def test_check_policy(family, make):
 @families
 @pytest.mark.parametrize("execute", ["dense", "gathered"])
 def test_pictures_in_beams(family, execute):
-    """`generate` repeats rows and encoded pictures, but not their sizes: spans follow, and the encoder is counted once."""
+    """`generate` repeats rows and encoded pictures, but not their sizes: spans follow, and the encoder is counted as it ran."""
     build, batch = FAMILIES[family]
     model, inputs = build(), batch("left")
     spans = sparing.TokenMap.from_inputs(model, inputs).images
@@ -159,7 +161,9 @@ def test_pictures_in_beams(family, execute):
         model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False, pad_token_id=0)
     assert policy.spans == tuple(row for row in spans for _ in range(2))
     family_of = sparing.anatomy.anatomy_of(model)
-    assert run.ledger.cost().flops["encoder"] == sum(family_of.picture_flops(s) for row in spans for s in row)
+    # Before 5.18 `generate` repeats the pictures themselves, and the encoder runs on every copy.
+    runs = 1 if "mm_encoder_outputs" in inspect.signature(model.forward).parameters else 2
+    assert run.ledger.cost().flops["encoder"] == runs * sum(family_of.picture_flops(s) for row in spans for s in row)
 
 
 class Looks(Policy):
@@ -193,7 +197,8 @@ def test_a_later_turn_brings_pictures(family):
             out.append(model(**turn, past_key_values=cache).logits)
             spans = cache.state.tokens.images
     assert relative(out[1], out[0], mask.bool()) <= TOLERANCE
-    assert [s.start for s in spans[2]] == [5]
+    opening = int(family in QWEN)
+    assert [s.start for s in spans[2]] == [5 + opening]
 
 
 @families

@@ -61,9 +61,9 @@ def _noise(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
 
-def rows_of(lengths, side):
-    """Two pictures; text alone; a picture first; a picture. `lengths`: image tokens of the four."""
-    a, b, c, d = ([IMAGE] * n for n in lengths)
+def rows_of(lengths, side, opening=()):
+    """Two pictures; text alone; a picture first; a picture. `lengths`: image tokens of the four; `opening`: ids before each."""
+    a, b, c, d = ([*opening, *[IMAGE] * n] for n in lengths)
     return _pad([[3, 4, 5, *a, 7, 8, *b, 11, 12], [5, 6, 7, 8, 9], [*c, 5, 6], [5, *d, 6, 7]], side)
 
 
@@ -131,7 +131,8 @@ def smolvlm_batch(side):
 def _qwen_batch(side):
     """Merged grids of 2x3, 1x2, 3x2 and 2x2."""
     grids = torch.tensor([[1, 4, 6], [1, 2, 4], [1, 6, 4], [1, 4, 4]])
-    batch = rows_of((6, 2, 6, 4), side)
+    # Before 5.18 `generate` tells the pictures of a row by their opening token.
+    batch = rows_of((6, 2, 6, 4), side, [QWEN_IDS["vision_start_token_id"]])
     return {
         **batch,
         "pixel_values": _noise(int(grids.prod(1).sum()), 3 * 2 * 4 * 4),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from sparing.anatomy.attention import Masks, masks_of
 from sparing.plan import LayerShape, ModelShape
 from sparing.tokens import Group, ImageSpan, TokenMap
 
@@ -166,6 +167,11 @@ class Anatomy(abc.ABC):
     def attention_backend(self) -> str:
         """The model's attention implementation (`sdpa`, `eager`, ...)."""
         return self.text_config._attn_implementation or "eager"
+
+    def masks(self, *, exact: bool) -> Masks:
+        """The form in which the model's attention function takes masks (see `masks_of`)."""
+        capped = any(self.softcap(i) is not None for i in range(len(self.layers)))
+        return masks_of(self.attention(0), self.attention_backend, exact=exact, capped=capped)
 
     def eager_attention(self, layer: int) -> Any:
         """The family's own eager attention function."""

@@ -32,7 +32,8 @@ class LlavaOnevisionAnatomy(VisionAnatomy):
         sizes = inputs.get("image_sizes")
         if sizes is None:
             raise ValueError(
-                "image tokens without image_sizes: pass what the processor returned, and encode pictures inside apply"
+                "image tokens without image_sizes: pass what the processor returned, encode pictures inside apply, and leave "
+                "prefill_chunk_size out"
             )
         counts = inputs.get("batch_num_images")
         alone = [True] * len(sizes) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]

@@ -41,7 +41,8 @@ class QwenVLAnatomy(VisionAnatomy):
         grids = inputs.get("image_grid_thw")
         if grids is None:
             raise ValueError(
-                "image tokens without image_grid_thw: pass what the processor returned, and encode pictures inside apply"
+                "image tokens without image_grid_thw: pass what the processor returned, encode pictures inside apply, and leave "
+                "prefill_chunk_size out"
             )
         return self._layouts(grids.tolist())
 

@@ -41,6 +41,10 @@ FAMILIES: tuple[type[Anatomy], ...] = (
 )
 
 
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+"""What training loops put around a model."""
+
+
 @functools.cache
 def known_families() -> Mapping[str, type[Anatomy]]:
     """Model types and their adapters: ours, and those of installed packages."""
@@ -62,6 +66,10 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "this is what torch.compile returned: give the model inside it (model._orig_mod) here; the compiled one then follows too"
+        )
+    if type(model).__name__ in WRAPPERS and hasattr(model, "module"):
+        raise ValueError(
+            f"this is {type(model).__name__} around a model: give the model inside it (model.module) here; the wrapper then follows too"
         )
     model = getattr(model, "get_base_model", lambda: model)()
     families = known_families()

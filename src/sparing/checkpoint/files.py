@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import json
+from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
@@ -38,7 +40,9 @@ _OTHERS = (
     "generation_config.json",
     MANIFEST,
     PROCESSOR,
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -50,6 +54,17 @@ _OTHERS = (
     "*processor_config.json",
     "video_preprocessor_config.json",
 )
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a model; many other things have a `config.json` too."""
+    if (folder / MANIFEST).is_file():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and ("model_type" in config or "architectures" in config)
 
 
 def is_part_of_checkpoint(name: str) -> bool:

@@ -25,34 +25,38 @@ def load(
     path: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     attention: str | None = None,
     execute: str = "gathered",
+    trust_remote_code: bool | None = None,
     **kwargs: Any,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer (text) or processor (vision) from a directory or a hub id.
 
     A model that was saved with policies follows them at once, as if inside `sparing.apply`, until `sparing.release(model)`;
-    `sparing.run_of(model)` has its ledger. Weights come from safetensors only, and no code from the checkpoint runs.
+    `sparing.run_of(model)` has its ledger. Weights come from safetensors only; code that comes with the checkpoint runs only where
+    `trust_remote_code=True`.
 
     Args:
         path: a directory that `sparing.save` or `save_pretrained` wrote, or a hub id.
         dtype: `auto` (as saved), `float32`, `bfloat16`, `float16`, or a torch dtype. Policies keep the one they were saved in.
-        device: where to put the model and its policies.
+        device: where to put the model and its policies; `cpu` if neither this nor a `device_map` says.
         attention: the attention implementation (`sdpa` or `eager`); the fastest that the model has by default.
         execute: the executor of a model with policies, `gathered` or `dense`.
-        kwargs: passed on to `from_pretrained`.
+        trust_remote_code: what to do where a config asks to run code of the checkpoint: `None` refuses, `False` goes without
+            (transformers' own classes, where it has them), `True` runs it.
+        kwargs: passed on to `from_pretrained` (`device_map`, `offload_folder`, `quantization_config`, ...).
 
     Returns:
         The model in eval mode, and its tokenizer or processor (`None` if the checkpoint has none).
 
     Raises:
         ValueError: no such path, no config, an unknown or encoder-only model, an unknown policy, a newer version of the format,
-            pickled, corrupt or unfitting weights.
+            pickled, corrupt or unfitting weights, code of the checkpoint's own that nobody allowed.
     """
     folder = _local(path, kwargs)
     manifest = None if folder is None else _manifest(folder)
-    settings = {"dtype": dtype, "device": device, "attention": attention}
+    settings = {"dtype": dtype, "device": device, "attention": attention, "trust_remote_code": trust_remote_code}
     if folder is None or manifest is None:
         return anatomy.load(path if folder is None else folder, **settings, **kwargs)
     _check_weights(folder, manifest)
@@ -68,7 +72,8 @@ def load(
             f"{folder}: its {manifest['processor']} cannot be read; save the checkpoint again with processor="
         )
     for policy in policies:
-        if isinstance(policy, nn.Module):
+        # Under a device_map they go where the first prompt is.
+        if isinstance(policy, nn.Module) and device is not None:
             policy.to(device)
     # What stock loading notes too: where a model came from.
     model.config._name_or_path = str(path)  # type: ignore[union-attr]
@@ -136,7 +141,10 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
                 f"it has schema {schema} of sparing {manifest.get('sparing')}, this version reads up to {SCHEMA}: update sparing"
             )
         if schema != SCHEMA:
-            raise ValueError(f"it has schema {schema!r}, expected {SCHEMA}: save the checkpoint again")
+            raise ValueError(
+                f"it has schema {schema!r} of sparing {manifest.get('sparing')}, this version reads {SCHEMA}: load it with that "
+                "version, or save the checkpoint again"
+            )
         config, weights = manifest["base_config"], manifest["weights"]
         if config.get("model_type") != manifest["base_model_type"]:
             raise ValueError(
@@ -145,7 +153,9 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
             )
         stock = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "auto_map" in stock or "auto_map" in config:
-            raise ValueError("it asks to run its own code, which sparing does not do")
+            raise ValueError(
+                "it asks to run its own code, which no checkpoint with policies does: get it again from where it came from"
+            )
         if weights not in (WEIGHTS, WEIGHTS_INDEX):
             raise ValueError(
                 f"weights is {weights!r}, expected {WEIGHTS} or {WEIGHTS_INDEX}: save the checkpoint again"

@@ -97,6 +97,16 @@ def rebuild(entries: Any, tensors: Mapping[str, Tensor], where: str) -> list[Pol
     return made
 
 
+def rebuild_untrained(name: str, arguments: Mapping[str, Any]) -> Policy:
+    """A registered policy from its name and its arguments as JSON knows them; what it learns is drawn at random.
+
+    Raises:
+        ValueError: an unknown policy or argument.
+    """
+    policy = _make({"class": name, "arguments": dict(arguments)}, "policy")
+    return policy.eval() if isinstance(policy, nn.Module) else policy
+
+
 def _make(entry: Any, where: str) -> Policy:
     name = entry.get("class") if isinstance(entry, dict) else None
     known = known_policies()

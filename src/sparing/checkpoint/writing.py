@@ -15,6 +15,7 @@ from torch import nn
 import sparing
 from sparing.anatomy import anatomy_of
 from sparing.checkpoint.card import base_of, write_card
+from sparing.checkpoint.counted import count
 from sparing.checkpoint.files import (
     MANIFEST,
     POLICIES,
@@ -25,6 +26,7 @@ from sparing.checkpoint.files import (
     WEIGHT_FILES,
     WEIGHTS,
     WEIGHTS_INDEX,
+    is_checkpoint,
     is_part_of_checkpoint,
     repelling_config,
 )
@@ -57,7 +59,8 @@ def save(
         policies: what it follows; if `None`, those that it is under now (`sparing.run_of(model)`). Noise generators are
             not saved.
         processor: its tokenizer or processor.
-        figures: what was measured, for the model card.
+        figures: what was measured (seconds, scores), for the model card. Sizes and what the plan costs by counting are in
+            it unasked: on one short pass of the decoder, where that is quick; policies that learned on the latest prompt.
         license: for the model card; if `None`, that of the folder which the model was loaded from.
         max_shard_size: of a weights file, as for `save_pretrained` (`"5GB"`, or bytes).
         push_to_hub: a hub id to upload the folder to afterwards.
@@ -73,12 +76,29 @@ def save(
     # The link stays a link.
     target = Path(directory).expanduser().resolve()
     _check_target(target, directory)
-    if hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False):
+    if hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model holds PEFT adapters: save model.merge_and_unload(), which computes the same")
+    if not hasattr(model, "hf_device_map") and any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "some weights are elsewhere and only hooks know where: accelerate.hooks.remove_hook_from_submodules(model) brings them "
+            "back; a model with a device_map can be saved as it is"
+        )
+    quantised = any(type(p).__module__.startswith("torchao.") for p in model.parameters())
+    if quantised and getattr(model, "hf_quantizer", None) is None:
+        raise ValueError(
+            "the weights were quantised by torchao.quantize_, which no checkpoint says: load the model with "
+            "quantization_config=TorchAoConfig(...), which is saved with it"
+        )
     anatomy_of(model)
     parts = _policies(model, policies)
+    if parts and type(model).__module__.startswith("transformers_modules."):
+        raise ValueError(
+            f"{type(model).__name__} is code that came with its checkpoint, and a checkpoint with policies brings none: "
+            "save it without policies and keep them beside it, or make a package of its class"
+        )
     entries, tensors = describe(parts), tensors_of(parts)
-    base = base_of(model, license)
+    base = base_of(model, license, vision=anatomy_of(model).vision_encoder is not None)
+    counted = count(model, parts)
     try:
         with replaced(target, lambda name: not is_part_of_checkpoint(name)) as new:
             # Of the class: the instance of a loaded model refuses.
@@ -97,6 +117,7 @@ def save(
                 name=push_to_hub or target.name,
                 base=base,
                 policies=[repr(part) for part in parts],
+                counted=counted,
                 figures=figures or {},
             )
     except (OSError, SafetensorError) as error:
@@ -110,7 +131,7 @@ def save(
 def _check_target(target: Path, asked: str | Path) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"{asked} is a file: name a folder")
-    if target.is_dir() and not (target / "config.json").is_file() and (others := sorted(target.iterdir())):
+    if target.is_dir() and not is_checkpoint(target) and (others := sorted(target.iterdir())):
         raise ValueError(
             f"{asked} holds other things ({others[0].name}) and no checkpoint: name a new folder, or an empty one"
         )

@@ -12,7 +12,9 @@ import typer
 import sparing
 from sparing.cli.check import check
 from sparing.cli.demo import demo
+from sparing.cli.eval import evaluate
 from sparing.cli.profile import profile
+from sparing.cli.study import study
 from sparing.cli.zoo import zoo
 
 app = typer.Typer(
@@ -46,5 +48,7 @@ def options(
 # A command is a function; a family of commands is a typer app of its own.
 app.command()(check)
 app.command()(demo)
+app.command("eval")(evaluate)
 app.command()(profile)
+app.add_typer(study, name="study")
 app.add_typer(zoo, name="zoo")

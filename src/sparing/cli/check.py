@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparing.cli.options import Device, Dtype, Out, Seed
+from sparing.cli.options import Device, Dtype, Out, RemoteCode, Seed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from sparing.evaluate.checkup import Checkup
+    from sparing.plan import Policy
 
 MARKS = {"ok": ("✓", "green"), "slow": ("!", "yellow"), "fails": ("✗", "bold red"), "not applicable": ("–", "dim")}
 
@@ -27,20 +30,19 @@ def check(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = None,
     out: Out = Path("runs/check"),
 ) -> None:
     """Measure what of sparing is safe to use on a model: same results, padding, generation, saving, speed, memory.
 
-    Writes run.json and check.html to --out. Exit code 0: all safe (slower is safe); 1: something fails; 2: bad input.
+    A model that was saved with policies is checked with those, or with --policies in their place. Writes run.json
+    and check.html to --out. Exit code 0: all safe (slower is safe); 1: something fails; 2: bad input.
     """
     import json
 
     from rich.console import Console
-    from transformers.utils import logging
 
-    from sparing import zoo
-    from sparing.anatomy import load
-    from sparing.cli.options import device_of, dtype_of
+    from sparing.cli.models import load_model
     from sparing.cli.profile import check_out
     from sparing.cli.record import RunRecord
     from sparing.evaluate.checkup import NAMES
@@ -50,30 +52,40 @@ def check(
     names = [name for given in policies or () for name in given.replace(",", " ").split()]
     if unknown := [name for name in names if name not in NAMES]:
         raise ValueError(f"--policies {unknown[0]}: there is no such policy; choose of {', '.join(NAMES)}")
-    logging.disable_progress_bar()
-    path = str(zoo.path(model)) if model in zoo.names() and not Path(model).exists() else model
-    where = device_of(device)
-    loaded, processor = load(path, dtype=dtype_of(dtype), device=where)
+    loaded, processor, saved = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     console = Console()
-    config = {"model": model, "policies": names, "quick": quick, "device": device, "dtype": dtype}
+    # What is checked, of what was asked for and what the checkpoint follows.
+    saved = () if names else saved
+    config = {"model": model, "policies": names or [repr(policy) for policy in saved], "quick": quick}
+    config |= {"device": device, "dtype": dtype}
     with RunRecord(out, config=config, seed=seed) as record:
-        found = _run(loaded, processor, names, quick, seed, console)
+        found = _run(loaded, processor, names, saved, quick, seed, console)
         record.figures = found.as_dict()
         record.write()
         run = json.loads(record.path.read_text(encoding="utf-8"))
         write_check(record.figures, {**run, "status": "finished"}, out / "check.html")
-    _print(found, console)
+    _print(found, console, fresh=not saved)
     console.print(f"report: {out / 'check.html'}", style="bold", soft_wrap=True, highlight=False)
     if not found.safe:
         raise typer.Exit(1)
 
 
-def _run(model: Any, processor: Any, names: list[str], quick: bool, seed: int, console: Console) -> Checkup:
-    """The check-up, with a bar."""
+def _run(
+    model: Any,
+    processor: Any,
+    names: list[str],
+    saved: Sequence[Policy],
+    quick: bool,
+    seed: int,
+    console: Console,
+) -> Checkup:
+    """The check-up, with a bar; of the policies that the model was saved with, if there are any."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from sparing.evaluate.checkup import checkup
+    from sparing.evaluate.checkup import Subject, checkup
+    from sparing.plan import Composed
 
+    subjects = [Subject("as saved", [lambda: Composed(*saved)])] if saved else None
     columns = (
         BarColumn(24),
         MofNCompleteColumn(),
@@ -86,10 +98,10 @@ def _run(model: Any, processor: Any, names: list[str], quick: bool, seed: int, c
         def on_step(done: int, total: int, line: str) -> None:
             progress.update(task, completed=done, total=total, description=line)
 
-        return checkup(model, processor, policies=names, quick=quick, seed=seed, on_step=on_step)
+        return checkup(model, processor, policies=names, subjects=subjects, quick=quick, seed=seed, on_step=on_step)
 
 
-def _print(found: Checkup, console: Console) -> None:
+def _print(found: Checkup, console: Console, *, fresh: bool) -> None:
     """One line a check, what to do where one fails, and the answer."""
     from rich.text import Text
 
@@ -109,6 +121,5 @@ def _print(found: Checkup, console: Console) -> None:
     console.print()
     for line in found.words():
         console.print(Text(line, style="bold"))
-    console.print(
-        Text("Answers are not judged: fresh routers decide at random, so they show the mechanics alone.", style="dim")
-    )
+    why = ": fresh routers decide at random, so they show the mechanics alone" if fresh else ""
+    console.print(Text(f"Answers are not judged{why}.", style="dim"), soft_wrap=True)

@@ -20,6 +20,14 @@ Out = Annotated[
     typer.Option("--out", file_okay=False, help="Folder of the results; a second run resumes in it."),
 ]
 
+RemoteCode = Annotated[
+    bool | None,
+    typer.Option(
+        "--trust-remote-code/--no-trust-remote-code",
+        help="Run code that comes with the checkpoint, or go without; refused if it asks and neither is given.",
+    ),
+]
+
 
 def device_of(name: str) -> torch.device:
     """The device that `--device` names; `auto` is the first GPU, else the CPU.

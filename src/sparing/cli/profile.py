@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sparing.cli.options import Device, Dtype, DtypeName, Out, Seed
+from sparing.cli.options import Device, Dtype, DtypeName, Out, RemoteCode, Seed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +31,11 @@ def profile(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = None,
+    without_policies: Annotated[
+        bool,
+        typer.Option("--without-policies", help="Of a model that was saved with policies, profile the weights alone."),
+    ] = False,
     out: Out = Path("runs/profile"),
 ) -> None:
     """Measure what each module and each kind of token is worth on a text; find the best plan within a budget.
@@ -43,7 +48,18 @@ def profile(
     settings = settings.quick() if quick else settings
     config = {"model": model, "text": text, "quick": quick, "device": device, "dtype": dtype}
     check_out(out)
-    run_profile(model, read_text(text), str(text), settings, out, config=config, device=device, dtype=dtype)
+    run_profile(
+        model,
+        read_text(text),
+        str(text),
+        settings,
+        out,
+        config=config,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        without_policies=without_policies,
+    )
 
 
 def check_out(out: Path) -> None:
@@ -73,6 +89,8 @@ def run_profile(
     config: dict[str, Any],
     device: str,
     dtype: DtypeName,
+    trust_remote_code: bool | None = None,
+    without_policies: bool = False,
 ) -> None:
     """Profile a model and leave `run.json` and `report.html` in `out`; bad input leaves the folder as it was.
 
@@ -85,22 +103,30 @@ def run_profile(
         config: the command's options, for the record.
         device: as `--device`.
         dtype: as `--dtype`.
+        trust_remote_code: as `--trust-remote-code`.
+        without_policies: as `--without-policies`.
+
+    Raises:
+        ValueError: the model follows policies, and would be profiled as another one.
     """
     import dataclasses
     import json
 
     from rich.console import Console
-    from transformers.utils import logging
 
-    from sparing.anatomy import load
-    from sparing.cli.options import device_of, dtype_of
+    from sparing.cli.models import load_model
     from sparing.cli.profile_summary import print_summary
     from sparing.cli.record import RunRecord
     from sparing.evaluate import Profiler
     from sparing.study import write_report
 
-    logging.disable_progress_bar()
-    loaded, tokenizer = load(model, dtype=dtype_of(dtype), device=device_of(device))
+    loaded, tokenizer, saved = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if saved and not without_policies:
+        names = " & ".join(type(policy).__name__ for policy in saved)
+        raise ValueError(
+            f"{model} follows {names}, and a profile looks for a plan on top of none: --without-policies profiles its weights "
+            "alone (in Python sparing.release(model) takes them off); `sparing check` measures it with them"
+        )
     job = Profiler(loaded, tokenizer, text, settings)
     console = Console()
     with RunRecord(out, config={**config, **dataclasses.asdict(settings)}, seed=settings.seed) as record:

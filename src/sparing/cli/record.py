@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import sparing
 from sparing.cli.errors import Interrupted
 
 Status = Literal["running", "finished", "interrupted", "failed"]
@@ -57,6 +53,8 @@ class RunRecord:
             raise NotADirectoryError(f"--out {out} is a file: name a folder")
         out.mkdir(parents=True, exist_ok=True)
         self._earlier = _earlier(self.path)
+        from sparing.evaluate.environment import environment
+
         self._environment = environment()
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
@@ -118,49 +116,6 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
-def environment() -> dict[str, Any]:
-    """Versions, git state and hardware of this process, as `run.json` and the benchmarks store them."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "sparing": sparing.__version__,
-            **{name: metadata.version(name) for name in ("torch", "transformers")},
-        },
-        "git": git_state(Path(__file__).resolve().parents[3]),
-        "hardware": {
-            "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "ram_gib": _ram_gib(),
-            "gpus": gpus,
-        },
-    }
-
-
-def git_state(root: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout at `root`.
-
-    Returns:
-        `None` outside a checkout (an installed package, perhaps inside someone else's repository), without
-        git, and before the first commit.
-    """
-    if not (root / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-
-
 def _earlier(path: Path) -> list[dict[str, Any]]:
     """The runs that worked in this folder before, oldest first."""
     if not path.exists():
@@ -184,18 +139,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
     return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
-def _cpu_model() -> str | None:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine() or None
-
-
-def _ram_gib() -> float | None:
-    if not hasattr(os, "sysconf"):
-        return None
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)

@@ -22,7 +22,11 @@ def list_models() -> None:
 
     table = Table("name", "weights", "what it is")
     for name in names():
-        size = f"{(path(name) / 'model.safetensors').stat().st_size / 2**20:.1f} MiB"
+        try:
+            size = f"{(path(name) / 'model.safetensors').stat().st_size / 2**20:.1f} MiB"
+        except ValueError:
+            # One model that is missing from an installation does not hide the others.
+            size = "not installed"
         table.add_row(name, size, recipe(name).summary)
     Console().print(table)
 
@@ -41,9 +45,11 @@ def train_model(
     from dataclasses import asdict
 
     from sparing.cli.options import device_of
-    from sparing.cli.record import RunRecord, environment
+    from sparing.cli.record import RunRecord
+    from sparing.evaluate.environment import environment
     from sparing.zoo import recipe as find
-    from sparing.zoo.card import measure, training_seconds, write_card
+    from sparing.zoo.card import measure, write_card
+    from sparing.zoo.figures import training_seconds
     from sparing.zoo.train import train
 
     recipe = find(name).shrunk() if shrink else find(name)
@@ -52,7 +58,7 @@ def train_model(
     with RunRecord(folder, config=config, seed=seed) as record:
         where = device_of(device)
         model = train(recipe, folder, seed=seed, device=where.type, threads=threads, fresh=not resume)
-        figures = measure(model, per_task=5 if shrink else 400, seconds=training_seconds(folder))
+        figures = measure(recipe, model, per_task=5 if shrink else 400, seconds=training_seconds(folder))
         record.figures.update(asdict(figures))
         write_card(recipe, model, figures, hardware=environment()["hardware"], seed=seed)
     typer.echo(f"trained: {model}")

@@ -6,22 +6,35 @@ from sparing.evaluate.loss import TextLoss, text_loss
 from sparing.evaluate.profile import Profiler, profile
 from sparing.evaluate.removal import Removal
 from sparing.evaluate.speed import Timing, time_arms
+from sparing.evaluate.task import Figure, NotApplicable, Outcome, Subject, Task
+from sparing.evaluate.tasks import ChoiceTask, GenerationTask, HarnessTask, PerplexityTask, known_tasks, task_class
 from sparing.evaluate.windows import Windows, cut, read_text, tokenize
 
 __all__ = [
     "KINDS",
+    "ChoiceTask",
+    "Figure",
+    "GenerationTask",
+    "HarnessTask",
+    "NotApplicable",
+    "Outcome",
+    "PerplexityTask",
     "Point",
     "Profile",
     "Profiler",
     "Removal",
     "Settings",
+    "Subject",
+    "Task",
     "TextLoss",
     "Timing",
     "TokenKinds",
     "Windows",
     "cut",
+    "known_tasks",
     "profile",
     "read_text",
+    "task_class",
     "text_loss",
     "time_arms",
     "tokenize",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,13 @@ from torch import nn
 from sparing.anatomy import anatomy_of
 from sparing.evaluate.findings import Point, Profile, Settings
 from sparing.evaluate.kinds import FIRST, KINDS, MEANING, TokenKinds
-from sparing.evaluate.loss import TextLoss, check_finite, mean_loss, measure_under
+from sparing.evaluate.loss import TextLoss, check_finite, measure_under
 from sparing.evaluate.measurements import Measurements, content_key
 from sparing.evaluate.painting import Painting, paint
 from sparing.evaluate.removal import MODULES, PrefillFlops, Removal
 from sparing.evaluate.search import Search, single
 from sparing.evaluate.speed import Timing, time_arms
+from sparing.evaluate.statistics import weighted_mean
 from sparing.evaluate.windows import Windows, tokenize
 
 OnStep = Callable[[str, float, str], None]
@@ -66,12 +66,15 @@ class Profiler:
         tokenizer: its tokenizer, or a processor that has one.
         text: the text.
         settings: how to go about it.
+        modules_only: leave out modules only; otherwise kinds of tokens may enter late too.
 
     Raises:
         ValueError: no tokenizer, a text that is too short, a budget out of reach, or logits that are not finite.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, text: str, settings: Settings) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, text: str, settings: Settings, *, modules_only: bool = False
+    ) -> None:
         anatomy = anatomy_of(model)
         self.model, self.settings = model, settings
         self.shape = anatomy.shape()
@@ -91,7 +94,7 @@ class Profiler:
         self.present = [
             name
             for i, name in enumerate(KINDS)
-            if i == FIRST or int(((chosen_on == i) & self.search.valid).sum()) >= FEWEST_OF_A_KIND
+            if not modules_only and (i == FIRST or int(((chosen_on == i) & self.search.valid).sum()) >= FEWEST_OF_A_KIND)
         ]
         self.flops = PrefillFlops(self.shape, found, windows.valid)
         if settings.budget < self.flops.lowest_ratio:
@@ -105,12 +108,7 @@ class Profiler:
     def run(self, measurements: Path | None = None, on_step: OnStep | None = None) -> Profile:
         """Measure, search, control and time. What `measurements` holds already is not measured again."""
         self._clock = time.perf_counter()
-        self._tell = on_step or (lambda phase, done, line: None)
-        # Cached results of another device, or of other software, would not be this run's.
-        subject = content_key(
-            self.model, self.search.ids.tolist(), self.held_out.ids.tolist(), str(self._device), torch.__version__
-        )
-        self._store = Measurements(measurements, subject)
+        self._begin(measurements, on_step)
         dense = self._loss("choose", Removal())
         modules, entries = self._sensitivities(dense)
         path = self._search({**_named(modules), **_named(entries)})
@@ -145,6 +143,32 @@ class Profiler:
             measured=self._store.taken,
         )
 
+    def search_only(self, on_step: Callable[[float, str], None] | None = None) -> Removal:
+        """The chosen plan alone: no controls, no timing, no page."""
+        tell = on_step or (lambda done, line: None)
+        shares = {"sensitivity": (0.0, 0.5), "search": (0.5, 0.5)}
+
+        def forward(phase: str, done: float, line: str) -> None:
+            start, share = shares[phase]
+            tell(start + share * done, line)
+
+        self._begin(None, forward)
+        modules, entries = self._sensitivities(self._loss("choose", Removal()))
+        return self._search({**_named(modules), **_named(entries)}, report=False)[-1]
+
+    def random_plan(self, matched: int, seed: int) -> Removal:
+        """A plan within the budget with random options that costs about `matched` operations."""
+        self._begin(None, None)
+        return self._searcher({}).at_random(self.settings.budget, matched, seed)
+
+    def _begin(self, measurements: Path | None, on_step: OnStep | None) -> None:
+        self._tell = on_step or (lambda phase, done, line: None)
+        # Cached results of another device, or of other software, would not be this run's.
+        subject = content_key(
+            self.model, self.search.ids.tolist(), self.held_out.ids.tolist(), str(self._device), torch.__version__
+        )
+        self._store = Measurements(measurements, subject)
+
     # The parts of a profile ----------------------------------------------------------------------------------------
 
     def _sensitivities(self, dense: dict[str, Any]) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
@@ -168,17 +192,17 @@ class Profiler:
             self._entry_layers,
         )
 
-    def _search(self, sensitivity: dict[tuple[str, int], float]) -> list[Removal]:
-        """The path to the budget, every step run on both splits."""
+    def _search(self, sensitivity: dict[tuple[str, int], float], *, report: bool = True) -> list[Removal]:
+        """The path to the budget, every step run on both splits, or on the choosing one only."""
         path = []
         for removal in self._searcher(sensitivity).path(
             self.settings.budget, self.settings.method, self.settings.width
         ):
             path.append(removal)
-            self._point(removal)
             left = 1 - self.flops(removal) / self.flops.dense
             done = 1.0 if self.settings.budget == 1 else min(1.0, left / (1 - self.settings.budget))
-            self._tell("search", done, f"step {len(path) - 1}: {self._say(removal)}")
+            said = self._say(removal) if report else f"{1 - left:.1%} of the operations"
+            self._tell("search", done, f"step {len(path) - 1}: {said}")
         return path
 
     def _time(self, removal: Removal, batch: int) -> Timing:
@@ -307,10 +331,6 @@ def _named(found: dict[str, dict[int, float]]) -> dict[tuple[str, int], float]:
 
 def _added(then: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float, float]:
     """Added loss with its 95% interval: windows are the sampling unit, each compared with itself."""
-    counts = dense["predicted"]
-    mean = mean_loss(then["windows"], counts) - mean_loss(dense["windows"], counts)
-    differences = [a - b for a, b, n in zip(then["windows"], dense["windows"], counts, strict=True) if n]
-    if len(differences) < 2:
-        return mean, -math.inf, math.inf
-    half = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
-    return mean, mean - half, mean + half
+    added = [a - b for a, b in zip(then["windows"], dense["windows"], strict=True)]
+    found = weighted_mean(added, dense["predicted"])
+    return found.value, found.low, found.high

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from sparing.evaluate.memory import peak_bytes
 from sparing.execute import Run
 
 Arm = Callable[[], AbstractContextManager[Run | None]]
@@ -33,7 +34,8 @@ class Timing:
         prefill_flops: operations planned over dense, in the timed pass: the share of time to expect at best.
         decode_flops: the same in the timed steps.
         kv_bytes: keys and values at the end: arm -> bytes.
-        peak_bytes: most memory in use: arm -> bytes; `None` where it cannot be measured (CPU).
+        peak_bytes: the most memory that a prefill holds beyond the weights: arm -> bytes.
+        samples: seconds of every repeat: arm -> (prefill, decode) each, in the order in which they were taken.
     """
 
     batch: int
@@ -45,7 +47,8 @@ class Timing:
     prefill_flops: float
     decode_flops: float
     kv_bytes: dict[str, int]
-    peak_bytes: dict[str, int] | None
+    peak_bytes: dict[str, int]
+    samples: dict[str, list[tuple[float, float]]]
 
 
 @torch.inference_mode()
@@ -71,19 +74,14 @@ def time_arms(
     prompt, fed = ids[:, : ids.shape[1] - steps], ids[:, ids.shape[1] - steps :]
     arms: Mapping[str, Arm] = {"dense": contextlib.nullcontext, "planned": planned}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-    peaks: dict[str, int] = {}
     ratios, kv = (1.0, 1.0), dict.fromkeys(arms, 0)
     for repeat in range(repeats + 1):
         # The order turns around, so that neither arm always runs on the caches that the other one left.
         for name in list(arms)[:: 1 if repeat % 2 else -1]:
             with arms[name]() as run:
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
                 took = _once(model, prompt, fed, device)
                 if repeat:
                     seconds[name].append(took)
-                if device.type == "cuda":
-                    peaks[name] = torch.cuda.max_memory_allocated(device)
                 if run is not None and not repeat:
                     cost, full = run.ledger.cost(), run.ledger.dense_cost()
                     ratios = cost.prefill.total / full.prefill.total, cost.decode.total / max(full.decode.total, 1)
@@ -99,7 +97,8 @@ def time_arms(
         prefill_flops=ratios[0],
         decode_flops=ratios[1],
         kv_bytes=kv,
-        peak_bytes=peaks or None,
+        peak_bytes={name: _peak(model, arm, prompt, device) for name, arm in arms.items()},
+        samples=seconds,
     )
 
 
@@ -112,6 +111,11 @@ def _once(model: nn.Module, prompt: Tensor, fed: Tensor, device: torch.device) -
     for step in range(fed.shape[1]):
         cache = model(input_ids=fed[:, step : step + 1], past_key_values=cache, use_cache=True).past_key_values
     return middle - start, _now(device) - middle
+
+
+def _peak(model: nn.Module, arm: Arm, prompt: Tensor, device: torch.device) -> int:
+    with arm():
+        return peak_bytes(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), device)
 
 
 def _now(device: torch.device) -> float:

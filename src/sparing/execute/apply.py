@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import output_capturing
 
 from sparing.anatomy import anatomy_of
 from sparing.execute.arrivals import new_tokens
@@ -21,11 +22,14 @@ from sparing.execute.cache import PlannedCache, RunState
 from sparing.execute.dense import Dense
 from sparing.execute.gathered import Gathered
 from sparing.execute.planning import Pass
+from sparing.execute.supported import OneThread, check_model, check_pass, check_rows
 from sparing.plan import Composed, Ledger, Policy
 from sparing.tokens import TokenMap
 
 HARMLESS = ("cache_position", "logits_to_keep", "labels", "num_items_in_batch")
 """Tensors that a decoder takes and makes nothing of."""
+SELECTS = hasattr(output_capturing, "selected_hidden_states")
+"""Whether transformers takes indices in `output_hidden_states` as this library does: from 5.23 on."""
 TEXT_AND_AXES = 4
 """Rows of M-RoPE positions with those of the text in front."""
 
@@ -78,11 +82,12 @@ class Run:
     ) -> None:
         self.anatomy = anatomy_of(model)
         self.model, self.policy, self._tokens, self._force = self.anatomy.model, policy, tokens, force
+        if execute not in ("gathered", "dense"):
+            raise ValueError(f'execute must be "gathered" or "dense", got {execute!r}')
+        check_model(model, self.anatomy, execute)
         self.shape = self.anatomy.shape()
         for part in policy.parts():
             part.validate(self.shape)
-        if execute not in ("gathered", "dense"):
-            raise ValueError(f'execute must be "gathered" or "dense", got {execute!r}')
         ablations = [repr(part) for part in policy.parts() if part.ablation]
         if ablations and execute != "dense":
             raise ValueError(f'{ablations[0]} is an ablation, which is no speed-up: run it with execute="dense"')
@@ -93,6 +98,7 @@ class Run:
         self._pictures: dict[str, Any] = {}
         self._encoded = 0
         self._exit = contextlib.ExitStack()
+        self._one_thread = OneThread()
 
     def __enter__(self) -> Run:
         """Patch the decoder's forward."""
@@ -114,8 +120,10 @@ class Run:
                 stack.callback(self._executor.remove)
                 self._executor.install()
             # Not a hook: adapters call the forward of the model inside them past its hooks.
-            stack.callback(_replace(self.model, "forward", self._of_model))
-            stack.callback(_replace(decoder, "forward", self._forward))
+            stack.callback(_replace(self.model, "forward", self._one_thread.around(self._of_model)))
+            # What `to`, `cuda`, `half` and the like call.
+            stack.callback(_replace(self.model, "_apply", self._of_move))
+            stack.callback(_replace(decoder, "forward", self._one_thread.around(self._forward)))
             self._exit = stack.pop_all()
         return self
 
@@ -123,6 +131,16 @@ class Run:
         """Leave the model as it was."""
         self._exit.close()
         self._called_with, self._features, self._pictures, self._encoded = {}, None, {}, 0
+
+    @contextlib.contextmanager
+    def trial(self, tokens: TokenMap) -> Iterator[Callable[[], Ledger]]:
+        """Run prompts of this map for a moment, counted in full; yields what returns their ledger. Then all is as before."""
+        before = self._tokens, self._force, self.ledger
+        self._tokens, self._force = tokens, True
+        try:
+            yield lambda: self.ledger
+        finally:
+            self._tokens, self._force, self.ledger = before
 
     def __repr__(self) -> str:
         """What the model follows."""
@@ -133,6 +151,16 @@ class Run:
         raise ValueError(
             "a model inside sparing.apply cannot be copied: copy it outside, or between sparing.release(model) and sparing.apply"
         )
+
+    def _of_move(
+        self, stock: Callable[..., Any], function: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What moves or converts the model does the same to its policies."""
+        moved = stock(function, *args, **kwargs)
+        for part in self.policy.parts():
+            if isinstance(part, nn.Module):
+                part._apply(function, *args, **kwargs)
+        return moved
 
     def _of_model(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with a note of what it was called with: the decoder inside a vision model sees no ids."""
@@ -177,14 +205,14 @@ class Run:
         decoder = self.anatomy.decoder
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if kwargs.get("cache") is not None:
+            raise ValueError(
+                "continuous batching (generate_batch) packs sequences over a paged cache, which holds no plan: call generate"
+            )
         embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         b, t = embeds.shape[:2]
         use_cache = self.anatomy.text_config.use_cache if use_cache is None else use_cache
-        if decoder.training and getattr(decoder, "gradient_checkpointing", False):
-            raise ValueError(
-                "gradient checkpointing inside the layers would run the plan twice and drop the cache: "
-                "call model.gradient_checkpointing_disable(), or checkpoint around the model"
-            )
+        check_pass(self.anatomy, embeds)
         state = past_key_values.state if isinstance(past_key_values, PlannedCache) else None
         self._check_cache(past_key_values, state)
         past = 0 if state is None else state.tokens.length
@@ -284,6 +312,7 @@ class Run:
             raise ValueError(
                 'execute="gathered" routes only the rows that are fed: use execute="dense" for router logits'
             )
+        check_rows(self.anatomy)
         keep = kwargs.get("output_hidden_states")
         keep = config.output_hidden_states if keep is None else keep
         run.additions = self.anatomy.additions(kwargs)
@@ -307,6 +336,8 @@ class Run:
         else:
             tokens = dataclasses.replace(tokens, position_ids=self.anatomy.positions(tokens.position_ids))
         parts = self.policy.parts()
+        for part in parts:
+            _bring(part, embeds.device)
         self.ledger = Ledger(self.shape)
         self.ledger.ablation = any(part.ablation for part in parts)
         return RunState(
@@ -351,6 +382,12 @@ class Run:
             raise ValueError("this cache was filled outside sparing.apply: pass no cache, or an empty DynamicCache")
 
 
+def _bring(policy: Policy, device: torch.device) -> None:
+    """Put a policy where the model is: it may have been moved between two `apply`, or before the first."""
+    if isinstance(policy, nn.Module) and any(p.device != device for p in (*policy.parameters(), *policy.buffers())):
+        policy.to(device)
+
+
 def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
     """Let `function(stock, ...)` stand in for a module's method; returns what undoes it."""
     own, stock = module.__dict__.get(name), getattr(module, name)
@@ -369,6 +406,10 @@ def _selected(hidden: tuple[Tensor, ...], keep: bool | int | Sequence[int]) -> t
     """The hidden states asked for; where indices were given the others are `None`, as in transformers."""
     if isinstance(keep, bool) or not keep:
         return hidden if keep else None
+    if not SELECTS:
+        raise ValueError(
+            f"output_hidden_states={keep!r}: before 5.23 transformers takes indices for something else; pass True and choose"
+        )
     wanted = {i % len(hidden) for i in ([keep] if isinstance(keep, int) else keep) if -len(hidden) <= i < len(hidden)}
     return tuple(x if i in wanted else None for i, x in enumerate(hidden))
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sparing.anatomy import Anatomy
+from sparing.anatomy.attention import Masks
 from sparing.execute.gathered import refuse_revival
 from sparing.execute.planning import Pass
 from sparing.execute.visibility import capped
 from sparing.plan import LayerPlan
 from sparing.plan.layer_plan import Mask
-
-BACKENDS = ("sdpa", "eager")
 
 
 class Dense:
@@ -24,19 +23,15 @@ class Dense:
         anatomy: where the parts of the model are.
 
     Raises:
-        ValueError: the model's attention implementation takes no dense mask.
+        ValueError: the model's attention function takes no mask of queries and keys.
     """
 
     name = "dense"
     ragged = False
 
     def __init__(self, anatomy: Anatomy) -> None:
-        if anatomy.attention_backend not in BACKENDS:
-            raise ValueError(
-                f'execute="dense" works with {" and ".join(BACKENDS)} attention, not {anatomy.attention_backend!r}: '
-                "load the model with attn_implementation='sdpa'"
-            )
         self.anatomy = anatomy
+        self._masks = anatomy.masks(exact=False)
         self.current: Pass | None = None
         self._plans: dict[int, LayerPlan] = {}
         self._inputs: dict[int, Tensor] = {}
@@ -98,6 +93,9 @@ class Dense:
         run = self.current
         if run is None:
             return None
+        if i == 0:
+            # Asked again: the model's attention can be changed between passes.
+            self._masks = self.anatomy.masks(exact=False)
         x = before = args[0] if args else kwargs["hidden_states"]
         x = self._added(run, i - 1, x)
         if x is not before:
@@ -112,7 +110,7 @@ class Dense:
             return None if x is before else (args, kwargs)
         may, some = mask
         self._some[i] = some
-        if self.anatomy.attention_backend == "eager":
+        if self._masks is Masks.ADDED:
             floor = torch.finfo(x.dtype).min
             bias = torch.zeros_like(may, dtype=x.dtype).masked_fill_(~may, floor)
             return args, {**kwargs, "attention_mask": bias.unsqueeze(1)}

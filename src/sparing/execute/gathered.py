@@ -18,8 +18,15 @@ from sparing.plan import LayerPlan
 class Gathered:
     """Runs the layers of a decoder row by row as planned. Equal to `dense` (tests/test_parity.py).
 
+    Attention runs on PyTorch's SDPA, or on the family's own eager function where the model does or scores are capped. A model that
+    was loaded with flash or flex attention is no exception: flash kernels hide nothing but padding and the future (its corner at
+    the bottom right), a block mask for flex would cost a compilation a plan, and SDPA means the same.
+
     Args:
         anatomy: where the parts of the model are.
+
+    Raises:
+        ValueError: the model's attention function is none that computes what SDPA does.
     """
 
     name = "gathered"
@@ -28,6 +35,7 @@ class Gathered:
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
         self._eager = False
+        anatomy.masks(exact=True)
 
     def run(self, run: Pass, held: list[Tensor], keep_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers and the final norm.
@@ -38,6 +46,8 @@ class Gathered:
             keep_hidden: whether to return each layer's input as well.
         """
         anatomy = self.anatomy
+        # Asked again: the model's attention can be changed between passes.
+        anatomy.masks(exact=True)
         self._eager = anatomy.attention_backend == "eager"
         looks_back = any(p.looks_back for p in run.policies)
         x = Residual(held.pop(), in_place=not torch.is_grad_enabled())

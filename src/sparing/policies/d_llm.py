@@ -13,6 +13,7 @@ from sparing.policies.gates import (
     check_probability,
     check_sizes,
     choose,
+    device_of,
     linear,
     logits_of,
     matrix_flops,
@@ -118,7 +119,7 @@ class DLLM(nn.Module, Policy):
             raise ValueError(f'DLLM.for_model(preset={preset!r}): choose "release" or "lrm-pruning"')
         baseline = {"router": "linear", "evict": False, "start_layer": 0, "reserve": 0, "sample": True}
         chosen = baseline if preset == "lrm-pruning" else {}
-        return cls(*sizes(model), **{**chosen, **arguments}).to(next(model.parameters()).device)
+        return cls(*sizes(model), **{**chosen, **arguments}).to(device_of(model))
 
     def validate(self, shape: ModelShape) -> None:
         """The routers must fit the model."""

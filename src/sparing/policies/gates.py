@@ -71,6 +71,16 @@ def sizes(model: nn.Module) -> tuple[int, int]:
     return config.hidden_size, config.num_hidden_layers
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: accelerate leaves offloaded weights on `meta`, and its hooks know where they go."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(each, "execution_device", None)) is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def check_probability(value: float, what: str) -> None:
     """Raise `ValueError` unless 0 <= value <= 1."""
     if not 0 <= value <= 1 or math.isnan(value):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparing.plan import FULL, LayerPlan, ModelShape, Policy, View
 from sparing.plan.policy import check_layers
-from sparing.policies.gates import check_sizes, logits_of, matrix_flops, sizes
+from sparing.policies.gates import check_sizes, device_of, logits_of, matrix_flops, sizes
 from sparing.policies.ranking import order_of, share_of
 
 
@@ -105,7 +105,7 @@ class MoD(nn.Module, Policy):
         chosen: dict[str, Any] = {"route": "modules", "select": "above"}
         if preset == "paper":
             chosen = {"route": "block", "select": "topk", "layers": range(1, depth, 2), "decode": "prompt"}
-        return cls(hidden, depth, **{**chosen, **arguments}).to(next(model.parameters()).device)
+        return cls(hidden, depth, **{**chosen, **arguments}).to(device_of(model))
 
     @property
     def decodes(self) -> bool:

@@ -13,6 +13,7 @@ from sparing.policies.gates import (
     check_probability,
     check_sizes,
     choose,
+    device_of,
     linear,
     logits_of,
     matrix_flops,
@@ -92,7 +93,7 @@ class SkipGPT(nn.Module, Policy):
         if preset not in ("paper", "release"):
             raise ValueError(f'SkipGPT.for_model(preset={preset!r}): choose "paper" or "release"')
         chosen = {"router": "linear"} if preset == "paper" else {"router": "mlp", "sample": True}
-        return cls(*sizes(model), **{**chosen, **arguments}).to(next(model.parameters()).device)
+        return cls(*sizes(model), **{**chosen, **arguments}).to(device_of(model))
 
     def validate(self, shape: ModelShape) -> None:
         """The routers must fit the model."""

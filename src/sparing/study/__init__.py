@@ -1,5 +1,27 @@
-"""Reports of what was measured, as pages that stand alone."""
+"""One grid, one store, one report: what is compared, what came out, and the pages that show it."""
 
+from sparing.study.cells import Cell, cells_of
+from sparing.study.methods import Method, Prepared, known_methods
 from sparing.study.report import render, write_report
+from sparing.study.spec import StudySpec, read_study
+from sparing.study.store import Result, Store, Stored
+from sparing.study.study import Study
+from sparing.study.training import Training, known_trainings
 
-__all__ = ["render", "write_report"]
+__all__ = [
+    "Cell",
+    "Method",
+    "Prepared",
+    "Result",
+    "Store",
+    "Stored",
+    "Study",
+    "StudySpec",
+    "Training",
+    "cells_of",
+    "known_methods",
+    "known_trainings",
+    "read_study",
+    "render",
+    "write_report",
+]

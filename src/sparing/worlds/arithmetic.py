@@ -11,15 +11,14 @@ The kinds ask for different computations (copying, recall from the context, reca
 counting, carrying, following a chain), so that removing one module of a model hurts them differently.
 """
 
-import hashlib
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Split = Literal["train", "validation", "test"]
+from sparing.worlds.splits import Split, split_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NAMES = ("Ann", "Bob", "Eva", "Max", "Mia", "Tom")
@@ -70,12 +69,6 @@ class _Draft(NamedTuple):
     difficulty: int
     guess: float
     steps: str = ""
-
-
-def split_of(key: str) -> Split:
-    """Returns the split a problem belongs to: 90% train, 5% validation, 5% test, by a hash of its key."""
-    share = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 100
-    return "train" if share < 90 else "validation" if share < 95 else "test"
 
 
 def example(task: str, split: Split, rng: random.Random) -> Example:

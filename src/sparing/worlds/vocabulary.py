@@ -3,7 +3,7 @@
 import string
 from collections.abc import Sequence
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -41,6 +41,39 @@ def word_tokenizer(words: Sequence[str], markers: Sequence[str] = (), max_length
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def closed_tokenizer(
+    words: Sequence[str], specials: Sequence[str] = (), max_length: int = 512
+) -> PreTrainedTokenizerFast:
+    """Builds a fast tokenizer of whole words, for a world whose every word is known; others are `<unk>`.
+
+    Text is split at spaces and before signs, and capitals are made small. Decoding puts one space between words.
+
+    Args:
+        words: the words and signs.
+        specials: further special tokens, such as `<image>`; they need no spaces around them.
+        max_length: `model_max_length` of the tokenizer.
+    """
+    tokens = [*SPECIAL, *specials, *dict.fromkeys(words)]
+    backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens=list(specials),
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,

@@ -4,11 +4,17 @@ Each is an ordinary Hugging Face folder (`path(name)`), trained on a world of `s
 (`recipe(name)`) that anyone can run again: `sparing zoo train NAME`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from sparing.zoo.recipe import RECIPES, Recipe
+from sparing.zoo.recipe import Recipe
+from sparing.zoo.scene_recipe import SCENES_LLAVA
+from sparing.zoo.text_recipe import ARITHMETIC_LLAMA
 
 __all__ = ["Recipe", "names", "page", "path", "recipe"]
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({made.name: made for made in (ARITHMETIC_LLAMA, SCENES_LLAVA)})
 
 _ROOM = Path(__file__).parent
 

@@ -1,101 +1,41 @@
-"""Trains a zoo model from its recipe, on the CPU in half an hour, resumable at any step."""
+"""Trains a zoo model from its recipe, on the CPU, resumable at any step."""
 
-import itertools
 import json
-import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from sparing.worlds import arithmetic
-from sparing.worlds.vocabulary import word_tokenizer
+from sparing.zoo.course import Course
 from sparing.zoo.recipe import Recipe
+from sparing.zoo.scene_course import SceneCourse
+from sparing.zoo.scene_recipe import SceneRecipe
+from sparing.zoo.text_course import TextCourse
+from sparing.zoo.text_recipe import TextRecipe
 
 LOG = "log.jsonl"
 FINAL = "final"
 
 
-class Batches(Dataset):
-    """The batches of a run; batch i depends on the seed and on i alone, so that a resumed run sees the same.
+def course_of(recipe: Recipe, seed: int) -> Course:
+    """Makes a recipe ready to run, with fresh weights that depend on the seed alone.
 
-    A row is a run of documents, `<bos>` problems `<eos>`, cut at its length. Attention crosses documents.
-    Each batch has `input_ids` [b t] and `weights` [b t], the weight of each token in the loss.
+    Raises:
+        ValueError: nothing here trains such a recipe.
     """
-
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int):
-        self.recipe, self.tokenizer, self.seed = recipe, tokenizer, seed
-
-    def __len__(self) -> int:
-        return self.recipe.steps
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        recipe = self.recipe
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        is_long = (index + 1) % recipe.long_every == 0
-        length = recipe.long_length if is_long else recipe.length
-        rng = random.Random(f"batch/{self.seed}/{index}")
-        problems = arithmetic.stream("train", f"{self.seed}/{index}")
-        rows = [self._row(problems, rng, length) for _ in range(recipe.batch * recipe.length // length)]
-        return {
-            "input_ids": torch.tensor([ids for ids, _ in rows]),
-            "weights": torch.tensor([weights for _, weights in rows]),
-        }
-
-    def _row(self, problems: Iterator[arithmetic.Example], rng: random.Random, length: int) -> tuple[list, list]:
-        tokenizer = self.tokenizer
-        ids: list[Any] = []
-        weights: list[float] = []
-        while len(ids) < length:
-            ids.append(tokenizer.bos_token_id)
-            weights.append(0.0)
-            for made in itertools.islice(problems, rng.randint(1, self.recipe.longest_document)):
-                parts = [made.prompt, made.text[len(made.prompt) :]]
-                prompt, rest = tokenizer(parts, add_special_tokens=False).input_ids
-                ids += prompt + rest
-                weights += [self.recipe.prompt_weight] * len(prompt) + [1.0] * len(rest)
-            ids.append(tokenizer.eos_token_id)
-            weights.append(1.0)
-        return ids[:length], weights[:length]
-
-
-def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Builds the tokenizer of the recipe's world."""
-    return word_tokenizer(arithmetic.WORDS, arithmetic.MARKERS, recipe.config["max_position_embeddings"])
-
-
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Builds the model with random fp32 weights that depend on the seed alone."""
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    config = AutoConfig.for_model(recipe.model_type, vocab_size=len(tokenizer), **special, **recipe.config)
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    # An answer ends with its line; without the newline here `generate` would go on to invent questions.
-    newline = tokenizer.convert_tokens_to_ids("\n")
-    special["eos_token_id"] = [tokenizer.eos_token_id, newline]
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=96, **special)
-    return model
+    if isinstance(recipe, TextRecipe):
+        return TextCourse(recipe, seed)
+    if isinstance(recipe, SceneRecipe):
+        return SceneCourse(recipe, seed)
+    raise ValueError(f"expected a TextRecipe or a SceneRecipe, got a {type(recipe).__name__}: add a Course for it")
 
 
 def train(
@@ -140,15 +80,12 @@ def train(
             shutil.rmtree(old)
     checkpoint = _last_checkpoint(out)
     _claim(out, recipe, seed, resuming=checkpoint is not None)
-    tokenizer = build_tokenizer(recipe)
-    model = build_model(recipe, tokenizer, seed)
+    course = course_of(recipe, seed)
     arguments = TrainingArguments(
         output_dir=str(out),
-        max_steps=recipe.steps,
+        max_steps=recipe.total_steps,
         per_device_train_batch_size=1,  # an item is a batch already
-        learning_rate=recipe.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup,
+        learning_rate=recipe.peak_lr,
         weight_decay=recipe.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
@@ -159,48 +96,54 @@ def train(
         train_sampling_strategy="sequential",
         save_steps=checkpoint_every,
         save_total_limit=2,
-        logging_steps=min(20, max(1, recipe.steps // 8)),
+        logging_steps=min(20, max(1, recipe.total_steps // 8)),
         report_to=[],
         remove_unused_columns=False,
         disable_tqdm=not bar,
     )
     log = _JsonLog(out / LOG, kept=_step(checkpoint) if checkpoint else 0)
-    trainer = _WeightedTrainer(
-        model=model,
+    trainer = _CourseTrainer(
+        course,
         args=arguments,
-        train_dataset=Batches(recipe, tokenizer, seed),
         data_collator=itemgetter(0),
-        callbacks=[log],
+        callbacks=[_Watch(course), log],
     )
     with _stop_on_signal(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step < recipe.steps:
-        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {recipe.steps}; run again to go on")
-    # The Trainer turns the cache off in the config; saved so, every caller would have to turn it on again.
-    model.config.use_cache = True
-    model.bfloat16().save_pretrained(out / FINAL)
-    tokenizer.save_pretrained(out / FINAL)
+    if trainer.state.global_step < recipe.total_steps:
+        raise KeyboardInterrupt(
+            f"stopped at step {trainer.state.global_step} of {recipe.total_steps}; run again to go on"
+        )
+    course.save(out / FINAL)
     return out / FINAL
 
 
-def weighted_loss(
-    logits: Float[Tensor, "b t v"], input_ids: Int[Tensor, "b t"], weights: Float[Tensor, "b t"]
-) -> Float[Tensor, ""]:
-    """Returns the weighted mean of the next-token cross-entropy, in nats; `weights` belong to the targets."""
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
-    )
-    targets = weights[:, 1:].flatten()
-    return (losses * targets).sum() / targets.sum()
+class _CourseTrainer(Trainer):
+    """A Trainer that leaves the loss to a course and the learning rate to its recipe."""
 
-
-class _WeightedTrainer(Trainer):
-    """A Trainer whose rows say what each token weighs."""
+    def __init__(self, course: Course, **kwargs: Any):
+        super().__init__(model=course.trained, train_dataset=course.batches, **kwargs)
+        self.course = course
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None):
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
-        loss = weighted_loss(outputs.logits, inputs["input_ids"], inputs["weights"])
-        return (loss, outputs) if return_outputs else loss
+        loss = self.course.loss(model, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.course.recipe.lr_factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+class _Watch(TrainerCallback):
+    """Puts what a course sees on validation data into the log."""
+
+    def __init__(self, course: Course):
+        self.course = course
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if logs is not None and "loss" in logs and (figures := self.course.watch(state.global_step)):
+            logs["validation"] = figures
 
 
 class _JsonLog(TrainerCallback):
@@ -259,8 +202,12 @@ def _last_checkpoint(out: Path) -> Path | None:
 
 def _claim(out: Path, recipe: Recipe, seed: int, *, resuming: bool) -> None:
     """Writes down what runs in the folder, or checks that it is the same run."""
-    mine = json.loads(json.dumps({**vars(recipe), "config": dict(recipe.config), "seed": seed}))
+    mine = json.loads(json.dumps({**vars(recipe), "seed": seed}, default=_as_mapping))
     path = out / "recipe.json"
     if resuming and json.loads(path.read_text()) != mine:
         raise ValueError(f"{out} holds another run (see {path}); choose another folder, or start again with --fresh")
     path.write_text(json.dumps(mine, indent=2) + "\n")
+
+
+def _as_mapping(part: Any) -> dict:
+    return dict(part) if isinstance(part, Mapping) else vars(part)

@@ -124,7 +124,7 @@ def check_saved(probe: Probe, subject: Subject) -> Finding:
     """Written as a checkpoint writes it, and read again, the policy makes the same tokens."""
     for make in subject.make:
         policy = make()
-        again = rebuild(describe([policy]), tensors_of([policy]), "the check-up")
+        again = rebuild(describe(policy.parts()), tensors_of(policy.parts()), "the check-up")
         for part in again:
             if isinstance(part, torch.nn.Module):
                 part.to(probe.batches["left"]["input_ids"].device)

@@ -1,0 +1,50 @@
+"""Tasks by name: ours, and those of installed packages."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+
+from sparing.evaluate.task import Task
+
+
+@functools.cache
+def known_tasks() -> Mapping[str, type[Task]]:
+    """Names and classes: ours, and those that other packages offer (entry point group `sparing.tasks`); ours win."""
+    from sparing.evaluate.tasks.generation import GenerationTask
+    from sparing.evaluate.tasks.harness import ChoiceTask, HarnessTask
+    from sparing.evaluate.tasks.perplexity import PerplexityTask
+    from sparing.evaluate.tasks.timing import SpeedTask
+
+    found: dict[str, type[Task]] = {
+        "harness": HarnessTask,
+        "choice": ChoiceTask,
+        "perplexity": PerplexityTask,
+        "generation": GenerationTask,
+        "speed": SpeedTask,
+    }
+    for point in entry_points(group="sparing.tasks"):
+        found.setdefault(point.name, point.load())
+    return found
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task's name.
+
+    Raises:
+        ValueError: there is none; the message offers the nearest names.
+    """
+    known = known_tasks()
+    if name not in known:
+        raise ValueError(f"there is no kind of task {name!r}{nearest(name, known)}")
+    return known[name]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown name: the nearest ones, or all where there are few."""
+    known = sorted(known)
+    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.6):
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; known are {', '.join(known)}" if len(known) <= 20 else ""

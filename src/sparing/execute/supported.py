@@ -1,0 +1,148 @@
+"""What users wrap around a model: refused here, with the reason and the cure, where a plan could not hold (docs/around_the_model.md)."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparing.anatomy import Anatomy
+
+ROW_BOUND = ("_adapter_names_pre_forward_hook", "_alora_offsets_pre_forward_hook")
+"""What PEFT hooks on its layers while each row of a batch has an adapter of its own."""
+SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+
+
+def check_model(given: nn.Module, anatomy: Anatomy, execute: str) -> None:
+    """Raise `ValueError` if a plan cannot hold on this model, whatever it says.
+
+    Args:
+        given: what the user handed to `apply`.
+        anatomy: that of the model inside.
+        execute: the executor.
+    """
+    _refuse_adapters_of_prompts(given, anatomy)
+    _refuse_several_devices(anatomy)
+    if execute != "gathered":
+        return
+    for i, layer in enumerate(anatomy.layers):
+        for part in (layer, anatomy.attention(i)):
+            part = getattr(part, "_orig_mod", part)
+            if any(base.__name__ in SHARDED for base in type(part).__mro__):
+                raise ValueError(
+                    f'layer {i} is sharded by FSDP, which brings its weights when the layer is called; execute="gathered" calls '
+                    'only the parts of a layer: use execute="dense", or shard the whole model as one unit'
+                )
+            where = type(part).forward.__module__
+            # Adapters of other packages know their own layers.
+            if type(anatomy).__module__.startswith("sparing.") and not where.startswith("transformers."):
+                raise ValueError(
+                    f'{type(part).__name__} in layer {i} computes by a forward of its own ({where}), which execute="gathered" '
+                    'would pass over: use execute="dense"'
+                )
+
+
+def check_pass(anatomy: Anatomy, embeds: Tensor) -> None:
+    """Raise `ValueError` if a forward pass could not be planned."""
+    decoder = anatomy.decoder
+    if embeds.is_meta:
+        raise ValueError(
+            "the model is on the meta device and has no values: load its weights (sparing.load), or offload it with accelerate, "
+            "whose hooks bring them"
+        )
+    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+        raise ValueError(
+            "gradient checkpointing inside the layers would run the plan twice and drop the cache: call "
+            "model.gradient_checkpointing_disable() (execute=\"gathered\" keeps activations of the rows that run only), "
+            "or model.eval() where nothing trains"
+        )
+
+
+def check_rows(anatomy: Anatomy) -> None:
+    """Raise `ValueError` if something takes the rows of a module's input for the rows of the batch; `gathered` packs them."""
+    if not hasattr(anatomy.model, "peft_config"):
+        return
+    found = [
+        (module, key)
+        for module in anatomy.model.modules()
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, functools.partial) and hook.func.__name__ in ROW_BOUND
+    ]
+    for module, key in found:
+        # PEFT takes them off only after a forward that did not fail.
+        module._forward_pre_hooks.pop(key)
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    if found:
+        raise ValueError(
+            'adapter_names gives each row of the batch its own adapter, but execute="gathered" packs rows: use '
+            'execute="dense", or one batch an adapter with model.set_adapter(name)'
+        )
+
+
+def _refuse_adapters_of_prompts(given: nn.Module, anatomy: Anatomy) -> None:
+    active: Any = getattr(given, "active_peft_config", None)
+    kind = str(getattr(getattr(active, "peft_type", None), "value", ""))
+    if kind == "PREFIX_TUNING":
+        raise ValueError(
+            "prefix tuning fills the cache with keys of no token, of which no plan can speak: use prompt tuning, whose virtual "
+            "tokens are planned like others, or LoRA"
+        )
+    if kind == "ADAPTION_PROMPT" or not hasattr(anatomy.attention(0), "head_dim"):
+        raise ValueError(
+            f"{type(anatomy.attention(0)).__name__} in place of the family's attention does not say what its parts are: sparing "
+            "works with the family's own attention; of PEFT's methods use LoRA or IA3"
+        )
+
+
+def _refuse_several_devices(anatomy: Anatomy) -> None:
+    if (getattr(anatomy.model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            "this model is split by tensor parallelism, and each process holds some heads only: load it without tp_plan"
+        )
+    found = sorted({str(device) for layer in anatomy.layers if (device := _runs_on(layer)) is not None})
+    if len(found) > 1:
+        raise ValueError(
+            f"the layers run on several devices ({', '.join(found)}), and a plan lives on one: load the model with "
+            'device_map={"": 0}; what does not fit can be offloaded (device_map="auto" with max_memory for one GPU and "cpu")'
+        )
+
+
+def _runs_on(layer: nn.Module) -> torch.device | None:
+    """Where a layer computes; `None` if nothing says so."""
+    hook: Any = getattr(layer, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    for device in (getattr(hook, "execution_device", None) for hook in hooks):
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next((p.device for p in layer.parameters() if not p.is_meta), None)
+
+
+class OneThread:
+    """Lets one thread at a time through; a run notes between calls what a prompt is, and threads would mix their notes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, which raises `ValueError` while another thread is in it, and which `torch.compile` leaves alone.
+
+        Dynamo would take the identities by which layers share masks for constants, and compute something else.
+        """
+
+        @functools.wraps(function)
+        def alone(*args: Any, **kwargs: Any) -> Any:
+            if not self._lock.acquire(blocking=False):
+                raise ValueError(
+                    "another thread is running this model under the same sparing.apply: put a lock around model(...) and "
+                    "generate(...), or give each thread a model of its own (DataParallel: use DistributedDataParallel)"
+                )
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._lock.release()
+
+        return torch.compiler.disable(alone)

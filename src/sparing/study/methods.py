@@ -1,0 +1,229 @@
+"""What a study compares: `Method`s turn a loaded model into the `Subject` that tasks measure."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from sparing.anatomy import anatomy_of
+from sparing.checkpoint.registry import known_policies, rebuild_untrained
+from sparing.evaluate.profile import Profiler, Settings
+from sparing.evaluate.task import NotApplicable, Progress, Subject
+from sparing.evaluate.windows import read_text
+from sparing.execute import apply
+from sparing.study.names import unknown, with_plugins
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a method made of a model.
+
+    Attributes:
+        subject: the model with its policies.
+        details: what it chose, as JSON knows it, for the report.
+    """
+
+    subject: Subject
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Method(abc.ABC):
+    """One way to make a model cheaper. Subclasses are frozen dataclasses whose fields are the settings."""
+
+    changes_model: ClassVar[bool] = False
+    """Are weights changed or taken away, so that the next method needs the model loaded afresh?"""
+
+    @abc.abstractmethod
+    def prepare(self, subject: Subject, *, seed: int, on_step: Progress | None = None) -> Prepared:
+        """Act on a loaded model.
+
+        Args:
+            subject: the model, with the policies that its checkpoint came with.
+            seed: of whatever is random in the method.
+            on_step: is told the share that is done, and a word on it.
+
+        Raises:
+            NotApplicable: the method cannot act on this model.
+            ValueError: bad data.
+        """
+
+    @property
+    def seeded(self) -> bool:
+        """Does the result depend on the seed? If not, one seed is enough."""
+        return False
+
+    def check(self) -> None:
+        """Look at the settings and the data, before anything slow begins.
+
+        Raises:
+            ValueError: a file is missing or empty, a setting is out of range.
+        """
+        return
+
+    def files(self) -> tuple[Path, ...]:
+        """Local files whose content the result depends on."""
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Method):
+    """The checkpoint as it is: the baseline."""
+
+    def prepare(self, subject: Subject, *, seed: int, on_step: Progress | None = None) -> Prepared:
+        """Nothing is done."""
+        return Prepared(subject)
+
+
+@dataclasses.dataclass(frozen=True)
+class UsePolicy(Method):
+    """A policy by its class name and arguments; routers that nobody has trained are drawn from the seed.
+
+    Attributes:
+        policy: the class's registered name.
+        arguments: of its constructor; `hidden` and `depth` are the model's where they are not given.
+        execute: the executor.
+    """
+
+    policy: str
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    execute: Literal["gathered", "dense"] = "gathered"
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            ValueError: no such policy, or an argument that it does not have.
+        """
+        if self.policy not in known_policies():
+            raise ValueError(unknown("policy", self.policy, known_policies()))
+        parameters = inspect.signature(known_policies()[self.policy]).parameters
+        if strays := [name for name in self.arguments if name not in parameters]:
+            raise ValueError(unknown(f"argument of {self.policy}", strays[0], parameters))
+
+    @property
+    def seeded(self) -> bool:
+        """Routers are drawn at random, and so is a choice that takes a seed."""
+        cls = known_policies()[self.policy]
+        return issubclass(cls, nn.Module) or "seed" in inspect.signature(cls).parameters
+
+    def prepare(self, subject: Subject, *, seed: int, on_step: Progress | None = None) -> Prepared:
+        """Make the policy for this model's sizes, and try it on."""
+        parameters = inspect.signature(known_policies()[self.policy]).parameters
+        shape = anatomy_of(subject.model).shape()
+        own = {"hidden": shape.layers[0].hidden, "depth": shape.depth, "seed": seed}
+        arguments = {name: value for name, value in own.items() if name in parameters} | dict(self.arguments)
+        try:
+            policy = rebuild_untrained(self.policy, arguments)
+            if isinstance(policy, nn.Module):
+                policy.to(subject.model.get_input_embeddings().weight.device)  # type: ignore[operator]
+            policies = (*subject.policies, policy)
+            with apply(subject.model, *policies, execute=self.execute):
+                pass
+        except ValueError as error:
+            raise NotApplicable(f"{self.policy} cannot act on this model: {error}") from error
+        return Prepared(dataclasses.replace(subject, policies=policies, execute=self.execute))
+
+
+@dataclasses.dataclass(frozen=True)
+class _SkipWithinBudget(Method):
+    """What searched and random skipping share.
+
+    Attributes:
+        text: the text that plans are chosen on; tasks should measure on another one.
+        budget: share of the dense prefill's operations that the plan may cost.
+        max_tokens: tokens of the text that are used.
+        window: most tokens of a window.
+        modules_only: leave out modules only; otherwise kinds of tokens may enter late too.
+    """
+
+    text: Path
+    budget: float = 0.7
+    max_tokens: int = 4096
+    window: int = 256
+    modules_only: bool = True
+
+    def check(self) -> None:
+        """The text must be there."""
+        self._settings(0)
+        read_text(self.text)
+
+    def files(self) -> tuple[Path, ...]:
+        """The text."""
+        return (self.text,)
+
+    def _settings(self, seed: int) -> Settings:
+        return Settings(budget=self.budget, max_tokens=self.max_tokens, window=self.window, seed=seed, repeats=0)
+
+    def _profiler(self, subject: Subject, settings: Settings) -> Profiler:
+        if subject.policies:
+            raise NotApplicable("skipping is searched on a stock model, and this checkpoint comes with policies")
+        return Profiler(
+            subject.model,
+            subject.tokenizer,
+            read_text(self.text),
+            settings,
+            modules_only=self.modules_only,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSkip(_SkipWithinBudget):
+    """Modules left out by a search on a text: the best plan found within a budget of operations.
+
+    Attributes:
+        search: `greedy` runs the best candidates of every step; `additive` trusts single removals.
+        width: candidates of a greedy step.
+    """
+
+    search: Literal["greedy", "additive"] = "greedy"
+    width: int = 4
+
+    def prepare(self, subject: Subject, *, seed: int, on_step: Progress | None = None) -> Prepared:
+        """Search."""
+        settings = dataclasses.replace(self._settings(seed), method=self.search, width=self.width)
+        job = self._profiler(subject, settings)
+        removal = job.search_only(on_step)
+        found = dataclasses.replace(subject, policies=tuple(removal.policies(job.kinds)))
+        return Prepared(found, {"plan": str(removal), "flops_share": job.flops(removal) / job.flops.dense})
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomSkip(_SkipWithinBudget):
+    """Modules left out at random at the cost of the searched plan: what choosing must beat.
+
+    Attributes:
+        matches: the search whose plan's operations are matched; `none` matches the budget itself.
+    """
+
+    matches: Literal["greedy", "additive", "none"] = "greedy"
+    width: int = 4
+
+    @property
+    def seeded(self) -> bool:
+        """Plans are drawn."""
+        return True
+
+    def prepare(self, subject: Subject, *, seed: int, on_step: Progress | None = None) -> Prepared:
+        """Draw a plan."""
+        settings = self._settings(seed)
+        if self.matches != "none":
+            settings = dataclasses.replace(settings, method=self.matches, width=self.width)
+        job = self._profiler(subject, settings)
+        target = self.budget * job.flops.dense if self.matches == "none" else job.flops(job.search_only(on_step))
+        removal = job.random_plan(round(target), seed)
+        found = dataclasses.replace(subject, policies=tuple(removal.policies(job.kinds)))
+        return Prepared(found, {"plan": str(removal), "flops_share": job.flops(removal) / job.flops.dense})
+
+
+OURS: dict[str, type[Method]] = {"dense": Dense, "skip_search": SearchSkip, "skip_random": RandomSkip}
+
+
+def known_methods() -> dict[str, type[Method]]:
+    """Methods by name: ours, and those of installed packages (entry point group `sparing.methods`); policies apart."""
+    return with_plugins(OURS, "sparing.methods")

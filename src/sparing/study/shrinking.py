@@ -1,0 +1,51 @@
+"""`--shrink`: a study's grid with small data, to see in a minute that it runs. Its figures mean nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sparing import zoo
+
+T = TypeVar("T")
+
+# What settings of these names are brought down to.
+SMALL: dict[str, Any] = {
+    "max_tokens": 512,
+    "max_new_tokens": 4,
+    "limit": 4,
+    "window": 64,
+    "repeats": 1,
+    "steps": 2,
+    "width": 1,
+    "batches": (1, 2),
+    "prompt": 16,
+}
+STAND_IN = "arithmetic-llama"
+
+
+def smaller(settings: T, folder: Path) -> T:
+    """The same settings with less data; a text that is not on this machine gives way to a page of the zoo.
+
+    Args:
+        settings: a method, training or task.
+        folder: what relative paths are relative to.
+    """
+    assert dataclasses.is_dataclass(settings)
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in SMALL and value is not None:
+            small = SMALL[field.name]
+            changed[field.name] = min(value, small) if isinstance(small, int) and isinstance(value, int) else small
+        elif field.name == "text" and isinstance(value, Path) and not (folder / value).exists():
+            changed[field.name] = Path(zoo.__file__).parent / "pages" / "arithmetic.txt"
+    return dataclasses.replace(settings, **changed) if changed else settings  # type: ignore[return-value]
+
+
+def stand_in(path: str, resolve: Callable[[str], str]) -> str:
+    """The checkpoint whose architecture and tokenizer are taken: its own, or the zoo's where it is not on this machine."""
+    path = resolve(path)
+    return path if Path(path).is_dir() else str(zoo.path(STAND_IN))

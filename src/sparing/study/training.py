@@ -1,0 +1,56 @@
+"""What may happen to a subject between its method and its tasks: training that recovers what was lost."""
+
+from __future__ import annotations
+
+import abc
+from pathlib import Path
+
+from sparing.evaluate.task import Progress, Subject
+from sparing.study.names import with_plugins
+
+
+class Training(abc.ABC):
+    """One way to train a subject. Subclasses are frozen dataclasses whose fields are the settings.
+
+    A study saves what training returns (`sparing.save`) under its cell's key, so that no later task trains again.
+    """
+
+    @abc.abstractmethod
+    def train(self, subject: Subject, *, seed: int, folder: Path, on_step: Progress | None = None) -> Subject:
+        """Train.
+
+        Args:
+            subject: a model that nobody else holds, with its policies.
+            seed: of the data's order and everything else that is random.
+            folder: for checkpoints of an unfinished training, so that it goes on where it was killed.
+            on_step: is told the share that is done, and a word on it.
+
+        Raises:
+            NotApplicable: this model cannot be trained so.
+            ValueError: bad data.
+        """
+
+    @property
+    def seeded(self) -> bool:
+        """Does the result depend on the seed?"""
+        return True
+
+    def check(self) -> None:
+        """Look at the settings and the data, before anything slow begins.
+
+        Raises:
+            ValueError: a file is missing or empty, a setting is out of range.
+        """
+        return
+
+    def files(self) -> tuple[Path, ...]:
+        """Local files whose content the result depends on."""
+        return ()
+
+
+OURS: dict[str, type[Training]] = {}
+
+
+def known_trainings() -> dict[str, type[Training]]:
+    """Trainings by name: ours, and those of installed packages (entry point group `sparing.trainings`)."""
+    return with_plugins(OURS, "sparing.trainings")

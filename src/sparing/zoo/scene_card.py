@@ -1,0 +1,234 @@
+"""Measures `scenes-llava` on held-out scenes and writes its model card."""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from sparing.worlds import scenes
+from sparing.worlds.scenes import BlindGuesser, Example
+from sparing.zoo.figures import TEST_SEED, Figures, Score, by_difficulty, machine_words, wilson
+from sparing.zoo.scene_recipe import SceneRecipe, Stage
+
+BLIND_SHOWN = 1500
+PARTS = ("row", "column", "colour", "kind")
+
+
+@torch.inference_mode()
+def answers(model: Any, processor: Any, asked: Sequence[Example], batch: int = 50) -> list[str]:
+    """Returns the answers a model writes, decoded greedily from picture and question, one question a picture."""
+    found: list[str] = []
+    for first in range(0, len(asked), batch):
+        part = asked[first : first + batch]
+        inputs = processor(
+            images=[scenes.picture(example.scene) for example in part],
+            text=[f"<image> {example.question.text}" for example in part],
+            return_tensors="pt",
+            padding=True,
+        ).to(model.device, model.dtype)
+        out = model.generate(**inputs, do_sample=False)
+        written = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        found += [text.strip() for text in written]
+    return found
+
+
+def blind_guesser() -> BlindGuesser:
+    """The best that answers without pictures can be, told the answers of questions from the training split."""
+    return BlindGuesser(scenes.examples("train", BLIND_SHOWN, seed=TEST_SEED))
+
+
+def scores(asked: Sequence[Example], found: Sequence[str]) -> dict[str, Score]:
+    """Returns the score of some answers per task, in the order in which the tasks were asked."""
+    right, total = Counter(), Counter()
+    for example, answer in zip(asked, found, strict=True):
+        total[example.question.task] += 1
+        right[example.question.task] += answer == example.question.answer
+    return {task: Score(right[task], total[task], level) for task, level in scenes.chance(asked).items()}
+
+
+@torch.inference_mode()
+def spoken_shares(model: Any, processor: Any, number: int, seed: int = TEST_SEED) -> dict[str, float]:
+    """How often a patch's visual token is nearest to the right word's input embedding.
+
+    Of the words of one part (all rows, all columns, all colours, all kinds) the one with the largest cosine is taken.
+    Patches with an object and bare ones are counted apart.
+
+    Args:
+        model: in eval mode.
+        processor: the model's own.
+        number: test scenes.
+        seed: of the scenes.
+
+    Returns:
+        `object row`, `object column`, ..., `bare kind`: shares.
+    """
+    drawn = list(itertools.islice(scenes.stream("test", seed), number))
+    inputs = processor.image_processor([scenes.picture(scene) for scene in drawn], return_tensors="pt")
+    pixel_values = inputs["pixel_values"].to(model.device, model.dtype)
+    seen = torch.stack(list(model.get_image_features(pixel_values).pooler_output)).float()
+    embeddings = model.get_input_embeddings().weight.float()
+    ids = processor.tokenizer.get_vocab()
+    spec = drawn[0].spec
+    words = (scenes.row_words(spec.rows), scenes.column_words(spec.columns), scenes.COLOUR_WORDS, scenes.KINDS)
+    told = [scene.patch_words() for scene in drawn]
+    taken = torch.tensor([[patch[3] != scenes.NOTHING for patch in scene] for scene in told])
+    shares: dict[str, float] = {}
+    for place, (part, options) in enumerate(zip(PARTS, words, strict=True)):
+        near = torch.nn.functional.normalize(embeddings[[ids[word] for word in options]], dim=-1)
+        # The length of the visual token does not change which word is nearest.
+        nearest = (seen @ near.T.to(seen.device)).argmax(-1).cpu()
+        right = torch.tensor([[options.index(patch[place]) for patch in scene] for scene in told])
+        for name, which in (("object", taken), ("bare", ~taken)):
+            shares[f"{name} {part}"] = (nearest == right)[which].float().mean().item()
+    return shares
+
+
+def measure(folder: Path, *, per_task: int, seconds: float) -> Figures:
+    """Asks a saved model `per_task` test questions of every task, with its weights as they are saved."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    asked = scenes.examples("test", per_task, seed=TEST_SEED)
+    found = answers(model, processor, asked)
+    blind = blind_guesser()
+    guessed = scores(asked, [blind.answer(example.question) for example in asked])
+    marks = [
+        (example.question.task, example.difficulty, answer == example.question.answer)
+        for example, answer in zip(asked, found, strict=True)
+    ]
+    return Figures(
+        scores=scores(asked, found),
+        harder=by_difficulty(marks),
+        more={
+            **{f"blind {task}": score.accuracy for task, score in guessed.items()},
+            **{
+                f"spoken {part}": share
+                for part, share in spoken_shares(model, processor, max(1, per_task // 2)).items()
+            },
+        },
+        seconds=seconds,
+        parameters=model.num_parameters(),
+        size=(folder / "model.safetensors").stat().st_size,
+    )
+
+
+def card(recipe: SceneRecipe, figures: Figures, *, hardware: Mapping[str, Any], seed: int) -> str:
+    """Writes the model card."""
+    rows = []
+    for task, score in figures.scores.items():
+        low, high = score.interval
+        levels = ", ".join(f"{level}: {right}/{total}" for level, (right, total) in _banded(figures.harder[task]))
+        blind = figures.more[f"blind {task}"]
+        rows.append(
+            f"| {task} | {score.accuracy:.1%} | {low:.1%} to {high:.1%} | {score.chance:.1%} | {blind:.1%} | {levels} |"
+        )
+    spoken = [
+        f"| {part} | {figures.more[f'spoken object {part}']:.1%} | {figures.more[f'spoken bare {part}']:.1%} |"
+        for part in PARTS
+    ]
+    stages = [_stage_row(stage) for stage in recipe.stages]
+    vision, text = recipe.config["vision_config"], recipe.config["text_config"]
+    per_task = next(iter(figures.scores.values())).total
+    low, high = wilson(figures.scores["word"].right, per_task)
+    example = next(scenes.stream("test", TEST_SEED))
+    asked = scenes.examples("test", 1, seed=TEST_SEED)
+    return f"""---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [sparing, synthetic, vision]
+---
+
+# {recipe.name}
+
+{recipe.summary}
+Pictures are {vision["image_size"]}x{vision["image_size"]} pixels, a grid of coloured shapes, letters and spelled words; every object fills
+exactly one of the encoder's patches, so that what each visual token should know is known.
+
+A scene in words: `{example.tell()}`
+
+```
+{chr(10).join(f"{made.question.task:10} {made.question.text} {made.question.answer}" for made in asked)}
+```
+
+## Model
+
+- {recipe.model_type}: CLIP-style encoder, {vision["num_hidden_layers"]} layers, hidden size {vision["hidden_size"]}, patch {vision["patch_size"]}; MLP projector;
+  Llama, {text["num_hidden_layers"]} layers, hidden size {text["hidden_size"]}, MLP {text["intermediate_size"]}, {text["num_attention_heads"]} attention heads,
+  {text["num_key_value_heads"]} key-value heads, input and output embeddings not tied.
+- 100 visual tokens a picture, in reading order: patch (row, column) is token 10 row + column. The class token is dropped.
+- {figures.parameters:,} parameters in bf16, {figures.size:,} bytes.
+- The tokenizer knows the world's words and nothing else. The prompt is `<image>` and a question; the chat template
+  writes `<eos>` after every answer.
+
+## Data and training
+
+- Generated scenes (`sparing.worlds.scenes`), nothing else. A scene belongs to a split by a hash of what it shows: 90%
+  train, 5% validation, 5% test. The `blind` questions are {len(scenes.FACTS)} facts, the same in every split.
+- Four stages; the model is the Hugging Face class throughout:
+
+| stage | steps | scenes a step | questions a scene | peak learning rate |
+| --- | --- | --- | --- | --- |
+{chr(10).join(stages)}
+
+- *patches*: the encoder names row, column, colour and kind of every patch through a linear probe, which is thrown away.
+- *words*: the language model alone. A patch is told as one token, the sum of the input embeddings of its four words
+  (`r3`, `c4`, `red`, `circle`); patches with objects and some bare ones are told, each at its own position.
+- *align*: the projector alone learns to give these sums, by squared error.
+- *pictures*: everything, from pixels to answers; all patches, no sums.
+- Questions packed into a row do not see each other (in {recipe.stages[-1].turns:.0%} of the last stage's batches they do, as turns of
+  one chat); only answers have a loss. Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
+- AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; bf16 autocast over fp32 weights; seed {seed}.
+- {figures.seconds / 60:.1f} minutes of wall-clock time on {machine_words(hardware)};
+  torch {torch.__version__}, transformers {transformers.__version__}.
+
+## Figures
+
+Exact match of the whole answer, greedy decoding, {per_task} test questions of each task, each about a picture of its own
+(seed {TEST_SEED}), with Wilson 95% intervals. Chance is a random answer of the right form. Blind is the best that can be done without the
+picture: the question's most frequent answer in {BLIND_SHOWN} training questions a task. The last column has right answers and
+questions by the number of objects in the scene.
+
+| task | accuracy | 95% interval | chance | blind | by objects |
+| --- | --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+Someone who reads one letter of a spelled word and guesses the rest is right in {scenes.single_patch_share():.1%}; the model's
+interval is {low:.1%} to {high:.1%}.
+
+What visual tokens say: how often the input embedding with the largest cosine, among the words of one part, is the right
+one ({max(1, per_task // 2)} test pictures). The align stage made it so at first; the last stage was free to undo it.
+
+| part | patches with an object | bare patches |
+| --- | --- | --- |
+{chr(10).join(spoken)}
+
+## Limits
+
+It has seen the forms of its world and nothing else; other wording, larger pictures, more objects, and scenes told as text were
+neither trained nor measured. That visual tokens lie near words is a result of how it was trained, so it says nothing
+about whether that emerges by itself. One seed; no claim about larger models follows from it.
+
+Licence: Apache-2.0, for weights and data alike.
+"""
+
+
+def _stage_row(stage: Stage) -> str:
+    packed = stage.questions if stage.goal in ("words", "pictures") else "–"
+    return f"| {stage.goal} | {stage.steps:,} | {stage.rows} | {packed} | {stage.lr:g} |"
+
+
+def _banded(levels: Mapping[int, tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:
+    """Levels in bands, so that a row of the table stays short."""
+    bands = (("1-2", (1, 2)), ("3-4", (3, 4)), ("5-6", (5, 6)), ("7-9", (7, 9)))
+    found = []
+    for name, (low, high) in bands:
+        marks = [marks for level, marks in levels.items() if low <= level <= high]
+        if marks:
+            found.append((name, (sum(right for right, _ in marks), sum(total for _, total in marks))))
+    return found

@@ -1,0 +1,187 @@
+"""What is particular about training `scenes-llava`: its model, its processor, and the loss of each stage."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    GenerationConfig,
+    LlavaProcessor,
+    set_seed,
+)
+
+from sparing.worlds import scenes
+from sparing.worlds.vocabulary import closed_tokenizer
+from sparing.zoo.course import Course
+from sparing.zoo.scene_batches import IGNORED, SceneBatch, SceneBatches, positions_and_mask, validation_batch
+from sparing.zoo.scene_recipe import SceneRecipe
+
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['content'] is string %}{{ ' ' + message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+CLASSES = (len(scenes.COLOURS), len(scenes.KINDS), 10, 10)
+
+
+def build_processor(recipe: SceneRecipe) -> LlavaProcessor:
+    """Builds the processor: pictures of the encoder's size, words of the world."""
+    vision = recipe.config["vision_config"]
+    side = vision["image_size"]
+    tokenizer = closed_tokenizer(
+        scenes.vocabulary(), ["<image>"], recipe.config["text_config"]["max_position_embeddings"]
+    )
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=vision["patch_size"],
+        vision_feature_select_strategy=recipe.config["vision_feature_select_strategy"],
+        # The encoder's class token, which the strategy `default` drops again.
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )
+
+
+def build_model(recipe: SceneRecipe, processor: LlavaProcessor, seed: int) -> Any:
+    """Builds the model with random fp32 weights that depend on the seed alone."""
+    tokenizer = processor.tokenizer
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    fields = dict(recipe.config)
+    fields["text_config"] = {**fields["text_config"], **special, "vocab_size": len(tokenizer)}
+    config = AutoConfig.for_model(
+        recipe.model_type, image_token_index=processor.image_token_id, pad_token_id=special["pad_token_id"], **fields
+    )
+    set_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=4, **special)
+    return model
+
+
+class SceneStudent(nn.Module):
+    """The model and the probe that its encoder is trained through; the loss depends on the batch's goal."""
+
+    def __init__(self, model: Any, end_weight: float, eos: int):
+        super().__init__()
+        self.model = model
+        self.probe = nn.Linear(model.config.vision_config.hidden_size, sum(CLASSES))
+        self.end_weight, self.eos = end_weight, eos
+
+    def forward(self, **fields: Any) -> dict[str, Tensor]:
+        """Returns the loss of a batch, the fields of a `SceneBatch`."""
+        batch = SceneBatch(**fields)
+        losses = {
+            "patches": self._patch_loss,
+            "words": self._answer_loss,
+            "align": self._alignment_loss,
+            "pictures": self._answer_loss,
+        }
+        return {"loss": losses[batch.goal](batch)}
+
+    def patch_logits(self, pixel_values: Tensor) -> list[Float[Tensor, "b p classes"]]:
+        """What the probe says of each patch: colour, kind, row and column."""
+        seen = self.model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
+        return list(self.probe(seen).split(CLASSES, -1))
+
+    def answer_logits(self, batch: SceneBatch) -> tuple[Float[Tensor, "n v"], Int[Tensor, " n"]]:
+        """The logits where an answer or its end is predicted, with the right tokens."""
+        inner = self.model.model
+        embed = inner.get_input_embeddings()
+        if batch.goal == "words":
+            cells = self.summed(batch.cell_words)
+        else:
+            cells = self.projected(batch.pixel_values)
+        bos = embed(torch.full_like(batch.cells[:, :1], self.model.config.text_config.bos_token_id))
+        given = torch.cat([bos, cells.to(bos.dtype), embed(batch.input_ids)], 1)
+        positions, sees = positions_and_mask(batch.cells, batch.segments, batch.truth.shape[1])
+        out = inner.language_model(
+            inputs_embeds=given, attention_mask=sees, position_ids=positions, use_cache=False
+        ).last_hidden_state[:, 1 + batch.cells.shape[1] :]
+        asked = batch.targets != IGNORED
+        return self.model.lm_head(out[asked]), batch.targets[asked]
+
+    def summed(self, words: Int[Tensor, "b c 4"]) -> Float[Tensor, "b c d"]:
+        """A patch told in words: the sum of the input embeddings of its row, column, colour and kind."""
+        return self.model.model.get_input_embeddings()(words).sum(-2)
+
+    def projected(self, pixel_values: Tensor) -> Float[Tensor, "b p d"]:
+        """A patch seen: what the projector makes of the encoder's last layer."""
+        features = self.model.model.get_image_features(pixel_values).pooler_output
+        return torch.stack(list(features))
+
+    def _patch_loss(self, batch: SceneBatch) -> Tensor:
+        kind = batch.truth[..., 1]
+        # Most patches are bare; the few others weigh as much as all of them.
+        weight = torch.where(kind > 0, (kind == 0).sum() / (kind > 0).sum().clamp(min=1), 1.0).flatten()
+        losses = [
+            nn.functional.cross_entropy(logits.flatten(0, 1).float(), right.flatten(), reduction="none")
+            for logits, right in zip(self.patch_logits(batch.pixel_values), batch.truth.unbind(-1), strict=True)
+        ]
+        return (torch.stack(losses).sum(0) * weight).sum() / weight.sum()
+
+    def _alignment_loss(self, batch: SceneBatch) -> Tensor:
+        model = self.model.model
+        with torch.no_grad():
+            wanted = self.summed(batch.cell_words).float()
+            seen = model.vision_tower(batch.pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
+        kind = batch.truth[..., 1]
+        weight = torch.where(kind > 0, (kind == 0).sum() / (kind > 0).sum().clamp(min=1), 1.0)
+        off = (model.multi_modal_projector(seen).float() - wanted).square().sum(-1)
+        return (off * weight).sum() / (wanted.square().sum(-1) * weight).sum()
+
+    def _answer_loss(self, batch: SceneBatch) -> Tensor:
+        logits, right = self.answer_logits(batch)
+        losses = nn.functional.cross_entropy(logits.float(), right, reduction="none")
+        weight = torch.where(right == self.eos, self.end_weight, 1.0)
+        return (losses * weight).sum() / weight.sum()
+
+
+@torch.inference_mode()
+def task_shares(student: SceneStudent, batch: SceneBatch, tasks: list[str]) -> dict[str, float]:
+    """The share of rows, by task, whose every answer word is the likeliest one (one question a row)."""
+    logits, right = student.answer_logits(batch)
+    hit = (logits.argmax(-1) == right) | (right == student.eos)
+    row = (batch.targets != IGNORED).nonzero()[:, 0]
+    whole = torch.ones(len(tasks), dtype=torch.bool)
+    whole[row[~hit]] = False
+    total, good = Counter(tasks), Counter(task for task, ok in zip(tasks, whole.tolist(), strict=True) if ok)
+    return {task: good[task] / total[task] for task in total}
+
+
+class SceneCourse(Course):
+    """A vision-language model on scenes with packed questions, in stages."""
+
+    def __init__(self, recipe: SceneRecipe, seed: int):
+        self.recipe, self.seed = recipe, seed
+        self.processor = build_processor(recipe)
+        self.model = build_model(recipe, self.processor, seed)
+        self.trained = SceneStudent(self.model, recipe.end_weight, self.processor.tokenizer.eos_token_id)
+        self.batches = SceneBatches(recipe, self.processor.tokenizer, seed)
+
+    def loss(self, trained: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """As in `Course`: that of the batch's stage."""
+        return trained(**batch)["loss"]
+
+    def watch(self, step: int) -> dict[str, float]:
+        """As in `Course`: accuracy by task, in the form that the stage trains on, every so many steps."""
+        stage, _ = self.recipe.stage_of(step - 1)
+        if step % self.recipe.watch_every or stage.goal not in ("words", "pictures"):
+            return {}
+        batch, tasks = validation_batch("validation", self.recipe.watched, self.processor.tokenizer, stage)
+        with torch.autocast(self.model.device.type, torch.bfloat16):
+            shares = task_shares(self.trained, batch, tasks)
+        return {task: round(share, 3) for task, share in shares.items()}

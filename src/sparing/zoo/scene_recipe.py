@@ -1,0 +1,149 @@
+"""The recipe of `scenes-llava`: a small vision-language model, trained in four stages."""
+
+import itertools
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
+
+from sparing.zoo.recipe import Recipe
+
+Goal = Literal["patches", "words", "align", "pictures"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of the run.
+
+    Attributes:
+        goal: `patches`: the encoder names colour, kind, row and column of each patch, through a linear probe that is
+            thrown away. `words`: the language model answers questions about scenes in which each shown patch is one
+            token, the sum of the input embeddings of its four words. `align`: the projector, the rest frozen, turns
+            patches into these sums. `pictures`: all of the model, from pixels to answers.
+        steps: optimiser steps.
+        rows: scenes in a step.
+        questions: questions packed into a row.
+        lr: peak learning rate of the stage.
+        warmup: steps until the peak.
+        cooldown: share of the steps, at the end, in which the rate falls linearly.
+        floor: share of the peak that it falls to.
+        growing: steps in which the most objects of a scene grow from one to six.
+        bare: fewest and most patches without an object that are told (`words` only); their number is log-uniform.
+        turns: share of batches in which questions are turns of one chat, each seeing those before it.
+    """
+
+    goal: Goal
+    steps: int
+    rows: int
+    questions: int
+    lr: float
+    warmup: int = 20
+    cooldown: float = 0.3
+    floor: float = 0.05
+    growing: int = 0
+    bare: tuple[int, int] = (1, 12)
+    turns: float = 0.0
+
+    def most_objects(self, step: int, most: int = 6) -> int:
+        """The most objects of a scene at a step of the stage."""
+        return most if step >= self.growing else 1 + step * (most - 1) // self.growing
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step of the stage: up, flat, down."""
+        falling = max(1, round(self.steps * self.cooldown))
+        left = (self.steps - step) / falling
+        return self.lr * min(1.0, (step + 1) / self.warmup, self.floor + (1 - self.floor) * left)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneRecipe(Recipe):
+    """A LLaVA that is trained on `sparing.worlds.scenes`.
+
+    Attributes:
+        stages: the parts of the run, in order; each goes on with the weights that the one before left.
+        weights: how often each task is asked in training, in the order of `scenes.TASKS`.
+        end_weight: weight in the loss of the end of an answer, where its words weigh 1.
+        watch_every: steps between looks at the validation split; a multiple of the 20 steps between log lines.
+        watched: validation questions of each task.
+    """
+
+    stages: tuple[Stage, ...]
+    weights: tuple[float, ...]
+    end_weight: float = 0.1
+    watch_every: int = 200
+    watched: int = 20
+
+    @property
+    def total_steps(self) -> int:
+        """As in `Recipe`."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def peak_lr(self) -> float:
+        """As in `Recipe`."""
+        return max(stage.lr for stage in self.stages)
+
+    def stage_of(self, step: int) -> tuple[Stage, int]:
+        """The stage that a step of the run belongs to, and which step of the stage it is."""
+        ends = list(itertools.accumulate(stage.steps for stage in self.stages))
+        for stage, end in zip(self.stages, ends, strict=True):
+            if step < end:
+                return stage, step - end + stage.steps
+        return self.stages[-1], self.stages[-1].steps
+
+    def lr_factor(self, step: int) -> float:
+        """As in `Recipe`."""
+        stage, within = self.stage_of(step)
+        return stage.lr_at(within) / self.peak_lr
+
+    def shrunk(self) -> "SceneRecipe":
+        """As in `Recipe`: two layers in either half, two steps a stage."""
+        config = {
+            key: {**value, "num_hidden_layers": 2} if isinstance(value, dict) else value
+            for key, value in self.config.items()
+        }
+        stages = tuple(replace(stage, steps=2, rows=2, questions=3, warmup=1, growing=0) for stage in self.stages)
+        return replace(self, config=MappingProxyType(config), stages=stages)
+
+
+SCENES_LLAVA = SceneRecipe(
+    name="scenes-llava",
+    summary="A LLaVA with a three-layer CLIP-style encoder and an eight-layer Llama that answers questions about small pictures.",
+    model_type="llava",
+    config=MappingProxyType(
+        {
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 96,
+                "intermediate_size": 384,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "image_size": 80,
+                "patch_size": 8,
+                "projection_dim": 96,
+            },
+            "text_config": {
+                "model_type": "llama",
+                "hidden_size": 192,
+                "intermediate_size": 512,
+                "num_hidden_layers": 8,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 3,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": False,
+                "initializer_range": 0.072,
+            },
+            # The last layer: the encoder is trained to name patches there.
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": False,
+        }
+    ),
+    stages=(
+        Stage(goal="patches", steps=440, rows=32, questions=1, lr=2e-3),
+        Stage(goal="words", steps=3600, rows=12, questions=16, lr=1.5e-3, cooldown=0.15, growing=300, bare=(1, 30)),
+        Stage(goal="align", steps=300, rows=24, questions=1, lr=2e-3),
+        Stage(goal="pictures", steps=2400, rows=12, questions=16, lr=8e-4, turns=0.1),
+    ),
+    # shape colour letter cell background behind count relation point word blind
+    weights=(1.0, 0.8, 2.5, 1.5, 0.2, 0.3, 1.5, 2.5, 2.0, 3.0, 0.3),
+)
