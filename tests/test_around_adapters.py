@@ -37,7 +37,9 @@ def stirred(model):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part in name for part in ("lora_B", "lora_embedding_B", "ia3_l", "modules_to_save", "prompt_encoder")):
+            if any(
+                part in name for part in ("lora_B", "lora_embedding_B", "ia3_l", "modules_to_save", "prompt_encoder")
+            ):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
 

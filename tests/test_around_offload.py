@@ -80,14 +80,20 @@ def test_load_with_a_device_map(family, tmp_path):
 
 
 def test_save_brings_offloaded_weights(tmp_path):
-    """An offloaded model is saved with its values."""
+    """A model with a device map is saved with its values; one of which only hooks know where they are is refused first."""
     model, inputs = fresh()
     with torch.no_grad():
         expected = model(**inputs).logits
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="remove_hook_from_submodules"):
+        sparing.save(model, tmp_path / "saved")
+    accelerate.hooks.remove_hook_from_submodules(model)
     sparing.save(model, tmp_path / "saved")
+    where = {"device_map": mixed(model), "offload_folder": str(tmp_path / "offload")}
+    sparing.save(sparing.load(tmp_path / "saved", **where)[0], tmp_path / "again", [SkipModules([])])
     with torch.no_grad():
-        assert torch.equal(sparing.load(tmp_path / "saved")[0](**inputs).logits, expected)
+        for name in ("saved", "again"):
+            assert torch.equal(sparing.load(tmp_path / name)[0](**inputs).logits, expected)
 
 
 def test_layers_on_several_devices_are_refused():

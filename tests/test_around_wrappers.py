@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.utils import parametrizations
+from transformers import DynamicCache
 
 import sparing
 from around_cases import check_wrapped, difference, fresh, planned
@@ -28,8 +29,6 @@ def eager(x):
 COMPILED = {
     "torch.compile(model)": eager,
     "model.compile": lambda model: (model.compile(backend="eager"), model)[1],
-    "model.forward": lambda model: (setattr(model, "forward", eager(model.forward)), model)[1],
-    "a layer": lambda model: (model.model.layers[1].compile(backend="eager"), model)[1],
     "mlp": lambda model: (setattr(model.model.layers[1], "mlp", eager(model.model.layers[1].mlp)), model)[1],
     "attention": lambda model: (
         setattr(model.model.layers[1], "self_attn", eager(model.model.layers[1].self_attn)),
@@ -68,8 +67,10 @@ def test_compiled_inside(execute):
 
 
 @each_executor
-def test_static_cache_is_refused(execute):
+def test_caches_that_hold_no_plan_are_refused(execute):
     model, inputs = fresh()
+    with sparing.apply(model, SkipModules([1]), execute=execute), pytest.raises(ValueError, match="offloading Dynamic"):
+        model(**inputs, past_key_values=DynamicCache(offloading=True))
     with sparing.apply(model, SkipModules([1]), execute=execute), pytest.raises(ValueError, match="StaticCache"):
         model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from study_cases import PAGE, SMALL, Counting, Halve, NormMean, Nudge, written
 
 from sparing.evaluate.task import Figure, Outcome
 from sparing.evaluate.tasks import registry
@@ -18,6 +18,7 @@ from sparing.study import methods as methods_room
 from sparing.study import training as training_room
 from sparing.study.cells import cells_of
 from sparing.study.store import Result
+from study_cases import PAGE, SMALL, Counting, Halve, NormMean, Nudge, written
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -55,7 +56,7 @@ def test_the_grid_is_the_product_with_one_seed_where_nothing_is_random(tmp_path)
     assert len({c.key for c in cells}) == 12
     # Cells of one subject stand together, so that it is made once.
     order = [c.subject for c in cells]
-    assert sum(a != b for a, b in zip(order, order[1:], strict=False)) == 5
+    assert sum(a != b for a, b in itertools.pairwise(order)) == 5
 
 
 @pytest.mark.parametrize(
@@ -218,8 +219,16 @@ def test_training_happens_once_a_subject_and_its_result_is_kept(tmp_path, toys):
         f"seeds: [0, 1]\ntraining: {{bit: {{use: nudge, with: {{log: '{log}'}}}}}}",
     )
     job.run()
-    mean = {(s.method, s.training, s.seed): s.result.outcome.figures["mean"].value for s in job.results() if s.task == "one"}
-    assert set(mean) == {("dense", "none", None), ("dense", "bit", 0), ("dense", "bit", 1), ("skip", "bit", 0), ("skip", "bit", 1)}
+    mean = {
+        (s.method, s.training, s.seed): s.result.outcome.figures["mean"].value for s in job.results() if s.task == "one"
+    }
+    assert set(mean) == {
+        ("dense", "none", None),
+        ("dense", "bit", 0),
+        ("dense", "bit", 1),
+        ("skip", "bit", 0),
+        ("skip", "bit", 1),
+    }
     assert mean["dense", "bit", 0] == pytest.approx(mean["dense", "none", None] + 0.25, abs=0.01)
     assert mean["dense", "bit", 1] == pytest.approx(mean["dense", "none", None] + 0.5, abs=0.01)
     assert counted(log) == 4
@@ -281,7 +290,9 @@ print("held", flush=True)
 sys.stdin.read()
 """
     (tmp_path / "out").mkdir()
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="another process is running"):
             job.run(only=[])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils import is_torchvision_available
 from transformers.utils.hub import cached_file
 
+from sparing.anatomy.pictures_only import load_pictures_only
 from sparing.anatomy.registry import anatomy_of, known_families
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -318,8 +321,24 @@ def _conversion(directory: Path, pickles: list[str], text_only: bool) -> str:
 
 def _load_processor(path: str, *, text: bool, trust: bool, kwargs: Mapping[str, Any]) -> Any:
     auto: Any = AutoTokenizer if text else AutoProcessor
+    where = {"trust_remote_code": trust, **_of_hub(kwargs)}
     try:
-        return auto.from_pretrained(path, trust_remote_code=trust, **_of_hub(kwargs))
-    except (OSError, ValueError, KeyError, TypeError):
+        try:
+            return auto.from_pretrained(path, **where)
+        except (ImportError, AttributeError, ValueError):
+            # Where the library for videos is missing, transformers makes no processor that could take any.
+            if text or is_torchvision_available():
+                raise
+            return load_pictures_only(path, **where)
+    except ImportError as error:
+        raise ValueError(f"{path}: its {'tokenizer' if text else 'processor'} needs {_missing(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # A checkpoint without tokenizer files is fine for work on tensors; text commands say what is missing.
         return None
+
+
+def _missing(error: ImportError) -> str:
+    """Which package is not there, and how to get it."""
+    named = re.search(r"pip install ([\w.\[\]-]+)", str(error)) or re.search(r"requires the (\S+) library", str(error))
+    package = named[1].lower() if named else (error.name or "").partition(".")[0]
+    return f"{package}, which is not installed: pip install {package}" if package else _first_line(error)

@@ -6,7 +6,10 @@ import copy
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
+
+# From where it is: before 5.18 the package gives it only together with torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.video_processing_utils import BaseVideoProcessor
 

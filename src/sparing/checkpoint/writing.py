@@ -89,6 +89,11 @@ def save(
             "the weights were quantised by torchao.quantize_, which no checkpoint says: load the model with "
             "quantization_config=TorchAoConfig(...), which is saved with it"
         )
+    if any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in model.parameters()):
+        raise ValueError(
+            "bitsandbytes packed these 4-bit weights for the CPU at their first forward, and does not get them back whole when "
+            "they are saved: load the model again, and save it before it runs"
+        )
     anatomy_of(model)
     parts = _policies(model, policies)
     if parts and type(model).__module__.startswith("transformers_modules."):

@@ -327,14 +327,14 @@ def _print(found: dict[str, Any], follows: str, console: Console) -> None:
             continue
         details = entry["details"]
         table = Table(box=None, padding=(0, 2), header_style="dim")
-        for title, justify in (
-            ("", "left"),
-            ("value", "right"),
-            ("95% interval", "left"),
-            ("items", "right"),
-            ("", "left"),
+        for title, right in (
+            ("", False),
+            ("value", True),
+            ("95% interval", False),
+            ("items", True),
+            ("", False),
         ):
-            table.add_column(title, justify=justify, no_wrap=True)
+            table.add_column(title, justify="right" if right else "left", no_wrap=True)
         for figure, value in entry["figures"].items():
             style = "bold" if figure == entry["main"] else ""
             interval = "" if value["low"] is None else f"{_number(value['low'])} to {_number(value['high'])}"

@@ -94,7 +94,8 @@ class Profiler:
         self.present = [
             name
             for i, name in enumerate(KINDS)
-            if not modules_only and (i == FIRST or int(((chosen_on == i) & self.search.valid).sum()) >= FEWEST_OF_A_KIND)
+            if not modules_only
+            and (i == FIRST or int(((chosen_on == i) & self.search.valid).sum()) >= FEWEST_OF_A_KIND)
         ]
         self.flops = PrefillFlops(self.shape, found, windows.valid)
         if settings.budget < self.flops.lowest_ratio:
@@ -222,7 +223,8 @@ class Profiler:
         pair = [f"{1e3 * found['prefill'][arm][0]:.1f} ms" for arm in ("dense", "planned")]
         self._tell("speed", done, f"batch {batch}: prefill {pair[0]} dense, {pair[1]} planned")
         spreads = {name: {arm: tuple(v) for arm, v in found[name].items()} for name in ("prefill", "decode")}
-        return Timing(**{**found, **spreads})
+        samples = {arm: [tuple(pair) for pair in pairs] for arm, pairs in found["samples"].items()}
+        return Timing(**{**found, **spreads, "samples": samples})
 
     def _paint(self, removal: Removal) -> Painting:
         found = self._store.get(

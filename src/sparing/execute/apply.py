@@ -376,8 +376,11 @@ class Run:
             return
         if cache is None:
             return
-        if type(cache) is not DynamicCache:
-            raise ValueError(f"{type(cache).__name__} cannot hold a plan: pass no cache, or an empty DynamicCache")
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+            kind = f"an offloading {type(cache).__name__}" if type(cache) is DynamicCache else type(cache).__name__
+            raise ValueError(
+                f"{kind} cannot hold a plan: pass no cache, or an empty DynamicCache (to generate: no cache_implementation)"
+            )
         if cache.get_seq_length() > 0:
             raise ValueError("this cache was filled outside sparing.apply: pass no cache, or an empty DynamicCache")
 

@@ -57,7 +57,7 @@ def check_pass(anatomy: Anatomy, embeds: Tensor) -> None:
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
         raise ValueError(
             "gradient checkpointing inside the layers would run the plan twice and drop the cache: call "
-            "model.gradient_checkpointing_disable() (execute=\"gathered\" keeps activations of the rows that run only), "
+            'model.gradient_checkpointing_disable() (execute="gathered" keeps activations of the rows that run only), '
             "or model.eval() where nothing trains"
         )
 

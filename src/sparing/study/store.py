@@ -125,7 +125,9 @@ class Store:
         if (application, version) == (APPLICATION, VERSION):
             return
         (tables,) = self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if application == 0 and version == 0 and tables == 0 and create:
+        if application == 0 and version == 0 and tables == 0:
+            if not create:
+                raise ValueError(f"{self.path} has no results yet: run the study, or wait until its run has begun")
             with self._transaction():
                 # Another process may have been quicker.
                 if not self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:

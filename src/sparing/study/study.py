@@ -106,8 +106,10 @@ class Study:
             paths = {**about["paths"], **(paths or {})}
             if not source.is_file():
                 raise ValueError(f"{source}, from which {out} was run, is gone: name the YAML, with --out {out}")
+        if out is None and not source.exists():
+            raise ValueError(f"{source} does not exist: run the study first, or name its folder")
         if out is None:
-            raise ValueError("name the folder of the results")
+            raise ValueError(f"{source} is a file: name the folder of the results too")
         self.out, self.shrink, self.paths, self.device = Path(out), shrink, dict(paths or {}), torch.device(device)
         self.spec: StudySpec = read_study(source, paths=self.paths, shrink=shrink)
         self.environment = dict(environment or {})

@@ -101,7 +101,7 @@ def make_batch(
         told = scene.patch_words()
         cells[row, : len(places)] = places
         words[row, : len(places)] = [[ids[word] for word in told[place]] for place in places]
-    rows = [_packed(questions, ids, tokenizer.eos_token_id, turns) for questions in asked]
+    rows = [_packed(questions, ids, ids["<eos>"], turns) for questions in asked]
     length = max(len(tokens) for tokens, _, _ in rows)
     text = np.full((3, len(drawn), length), IGNORED)
     text[0], text[1] = tokenizer.pad_token_id, 0
@@ -162,7 +162,7 @@ def _shown(scene: Scene, stage: Stage, rng: np.random.Generator) -> list[int]:
     bare = [patch for patch in range(patches) if patch not in taken]
     # The background must be somewhere: at least one bare cell.
     few, many = stage.bare
-    number = min(len(bare), int(round(np.exp(rng.uniform(np.log(few), np.log(many))))))
+    number = min(len(bare), round(float(np.exp(rng.uniform(np.log(few), np.log(many))))))
     return sorted(taken | {bare[place] for place in rng.choice(len(bare), size=number, replace=False)})
 
 

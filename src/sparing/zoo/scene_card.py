@@ -132,6 +132,7 @@ def card(recipe: SceneRecipe, figures: Figures, *, hardware: Mapping[str, Any], 
     ]
     stages = [_stage_row(stage) for stage in recipe.stages]
     vision, text = recipe.config["vision_config"], recipe.config["text_config"]
+    side = vision["image_size"]
     per_task = next(iter(figures.scores.values())).total
     low, high = wilson(figures.scores["word"].right, per_task)
     example = next(scenes.stream("test", TEST_SEED))
@@ -147,7 +148,7 @@ tags: [sparing, synthetic, vision]
 # {recipe.name}
 
 {recipe.summary}
-Pictures are {vision["image_size"]}x{vision["image_size"]} pixels, a grid of coloured shapes, letters and spelled words; every object fills
+Pictures are {side}x{side} pixels, a grid of coloured shapes, letters and spelled words; every object fills
 exactly one of the encoder's patches, so that what each visual token should know is known.
 
 A scene in words: `{example.tell()}`
@@ -158,9 +159,8 @@ A scene in words: `{example.tell()}`
 
 ## Model
 
-- {recipe.model_type}: CLIP-style encoder, {vision["num_hidden_layers"]} layers, hidden size {vision["hidden_size"]}, patch {vision["patch_size"]}; MLP projector;
-  Llama, {text["num_hidden_layers"]} layers, hidden size {text["hidden_size"]}, MLP {text["intermediate_size"]}, {text["num_attention_heads"]} attention heads,
-  {text["num_key_value_heads"]} key-value heads, input and output embeddings not tied.
+- {recipe.model_type}: CLIP-style encoder ({_sizes(vision)}, patch {vision["patch_size"]}); MLP projector;
+  Llama ({_sizes(text)}, {text["num_key_value_heads"]} key-value heads), input and output embeddings not tied.
 - 100 visual tokens a picture, in reading order: patch (row, column) is token 10 row + column. The class token is dropped.
 - {figures.parameters:,} parameters in bf16, {figures.size:,} bytes.
 - The tokenizer knows the world's words and nothing else. The prompt is `<image>` and a question; the chat template
@@ -183,23 +183,24 @@ A scene in words: `{example.tell()}`
 - *pictures*: everything, from pixels to answers; all patches, no sums.
 - Questions packed into a row do not see each other (in {recipe.stages[-1].turns:.0%} of the last stage's batches they do, as turns of
   one chat); only answers have a loss. Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
-- AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; bf16 autocast over fp32 weights; seed {seed}.
+- AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; bf16 autocast over fp32
+  weights; seed {seed}.
 - {figures.seconds / 60:.1f} minutes of wall-clock time on {machine_words(hardware)};
   torch {torch.__version__}, transformers {transformers.__version__}.
 
 ## Figures
 
 Exact match of the whole answer, greedy decoding, {per_task} test questions of each task, each about a picture of its own
-(seed {TEST_SEED}), with Wilson 95% intervals. Chance is a random answer of the right form. Blind is the best that can be done without the
-picture: the question's most frequent answer in {BLIND_SHOWN} training questions a task. The last column has right answers and
-questions by the number of objects in the scene.
+(seed {TEST_SEED}), with Wilson 95% intervals. Chance is a random answer of the right form. Blind is the best that can
+be done without the picture: the question's most frequent answer in {BLIND_SHOWN} training questions a task. The last
+column has right answers and questions by the number of objects in the scene.
 
 | task | accuracy | 95% interval | chance | blind | by objects |
 | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-Someone who reads one letter of a spelled word and guesses the rest is right in {scenes.single_patch_share():.1%}; the model's
-interval is {low:.1%} to {high:.1%}.
+Someone who reads one letter of a spelled word and guesses the rest is right in {scenes.single_patch_share():.1%};
+the model's interval is {low:.1%} to {high:.1%}.
 
 What visual tokens say: how often the input embedding with the largest cosine, among the words of one part, is the right
 one ({max(1, per_task // 2)} test pictures). The align stage made it so at first; the last stage was free to undo it.
@@ -216,6 +217,14 @@ about whether that emerges by itself. One seed; no claim about larger models fol
 
 Licence: Apache-2.0, for weights and data alike.
 """
+
+
+def _sizes(config: Mapping[str, Any]) -> str:
+    """Depth and widths of a transformer in words."""
+    return (
+        f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, MLP {config['intermediate_size']}, "
+        f"{config['num_attention_heads']} attention heads"
+    )
 
 
 def _stage_row(stage: Stage) -> str:

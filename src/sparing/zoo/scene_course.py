@@ -101,10 +101,8 @@ class SceneStudent(nn.Module):
         """The logits where an answer or its end is predicted, with the right tokens."""
         inner = self.model.model
         embed = inner.get_input_embeddings()
-        if batch.goal == "words":
-            cells = self.summed(batch.cell_words)
-        else:
-            cells = self.projected(batch.pixel_values)
+        told = batch.goal == "words"
+        cells = self.summed(batch.cell_words) if told else self.projected(batch.pixel_values)
         bos = embed(torch.full_like(batch.cells[:, :1], self.model.config.text_config.bos_token_id))
         given = torch.cat([bos, cells.to(bos.dtype), embed(batch.input_ids)], 1)
         positions, sees = positions_and_mask(batch.cells, batch.segments, batch.truth.shape[1])
@@ -164,6 +162,9 @@ def task_shares(student: SceneStudent, batch: SceneBatch, tasks: list[str]) -> d
 
 class SceneCourse(Course):
     """A vision-language model on scenes with packed questions, in stages."""
+
+    recipe: SceneRecipe
+    trained: SceneStudent
 
     def __init__(self, recipe: SceneRecipe, seed: int):
         self.recipe, self.seed = recipe, seed

@@ -140,9 +140,11 @@ SCENES_LLAVA = SceneRecipe(
     ),
     stages=(
         Stage(goal="patches", steps=440, rows=32, questions=1, lr=2e-3),
-        Stage(goal="words", steps=3600, rows=12, questions=16, lr=1.5e-3, cooldown=0.15, growing=300, bare=(1, 30)),
+        Stage(goal="words", steps=444, rows=12, questions=16, lr=1.5e-3, cooldown=0.0, growing=300, bare=(1, 30)),
+        # Progress goes by the step rather than by the question here: small steps are cheaper.
+        Stage(goal="words", steps=2600, rows=8, questions=8, lr=1.5e-3, cooldown=0.15, bare=(1, 30)),
         Stage(goal="align", steps=300, rows=24, questions=1, lr=2e-3),
-        Stage(goal="pictures", steps=2400, rows=12, questions=16, lr=8e-4, turns=0.1),
+        Stage(goal="pictures", steps=1200, rows=6, questions=12, lr=8e-4, turns=0.1),
     ),
     # shape colour letter cell background behind count relation point word blind
     weights=(1.0, 0.8, 2.5, 1.5, 0.2, 0.3, 1.5, 2.5, 2.0, 3.0, 0.3),

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -130,7 +131,7 @@ class _CourseTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.course.recipe.lr_factor)
+        self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), self.course.recipe.lr_factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 

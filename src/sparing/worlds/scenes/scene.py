@@ -210,7 +210,8 @@ def _draft(rng: np.random.Generator, spec: SceneSpec) -> Scene:
         colour, kind = _pick(rng, colours), _pick(rng, LETTERS if is_letter else shapes)
         if place < themed:
             colour, kind = (theme, kind) if by_colour else (colour, theme)
-        things.append(Thing(*free[cell], colour, kind))
+        row, column = free[cell]
+        things.append(Thing(row, column, colour, kind))
     return Scene(spec, background, tuple(sorted(things)), word, int(rng.integers(2**31)))
 
 
