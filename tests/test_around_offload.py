@@ -79,6 +79,8 @@ def test_load_with_a_device_map(family, tmp_path):
         sparing.load(tmp_path / "plain", device="cpu", device_map="auto")
 
 
+# transformers says how much memory that may take.
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded:UserWarning")
 def test_save_brings_offloaded_weights(tmp_path):
     """A model with a device map is saved with its values; one of which only hooks know where they are is refused first."""
     model, inputs = fresh()

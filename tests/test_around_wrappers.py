@@ -202,7 +202,7 @@ def test_which_forward_hooks_fire():
         parts = {"layer": layer, "attention": layer.self_attn, "projection": layer.self_attn.q_proj, "mlp": layer.mlp}
         parts |= {"norm": layer.input_layernorm, "decoder": model.model, "model": model}
         for name, part in parts.items():
-            part.register_forward_hook(lambda *_, name=name: fired.add(name))
+            part.register_forward_hook(lambda *_, name=name, fired=fired: fired.add(name))
         with sparing.apply(model, execute=execute, force=True):
             model(**inputs)
         assert fired == set(parts) - silent

@@ -69,7 +69,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         )
     if type(model).__name__ in WRAPPERS and hasattr(model, "module"):
         raise ValueError(
-            f"this is {type(model).__name__} around a model: give the model inside it (model.module) here; the wrapper then follows too"
+            f"this is {type(model).__name__} around a model: give the model inside it (model.module) here; the wrapper follows too"
         )
     model = getattr(model, "get_base_model", lambda: model)()
     families = known_families()

@@ -15,7 +15,7 @@ ROWS = ("input_ids", "attention_mask", "mm_token_type_ids")
 """Inputs `[b t]`, beside the positions."""
 COUNTS = ("batch_num_images",)
 """Inputs with one entry a row."""
-PICTURES = ("pixel_values", "image_grid_thw", "image_sizes")
+PICTURES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
 """Inputs that have one entry (or, for flattened patches, one stretch) a picture."""
 
 
@@ -41,7 +41,8 @@ def split_rows(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, An
         row = {"input_ids": ids[r : r + 1, keep], "attention_mask": mask[r : r + 1, keep]}
         if "mm_token_type_ids" in inputs:
             row["mm_token_type_ids"] = inputs["mm_token_type_ids"][r : r + 1, keep]
-        row |= {name: inputs[name][r : r + 1] for name in COUNTS if name in inputs}
+        # Processors leave rows without pictures out of the counts.
+        row |= {name: inputs[name].new_tensor([counts[r]]) for name in COUNTS if name in inputs}
         if tokens.position_ids.ndim == 2:
             row["position_ids"] = torch.arange(int(keep.sum()), device=ids.device).unsqueeze(0)
         rows.append({**row, **(pictures[r] if counts[r] else {})})
@@ -73,8 +74,9 @@ def _by_row(inputs: Mapping[str, Any], counts: list[int]) -> list[dict[str, Any]
 
 
 def _by_rows(inputs: Mapping[str, Any], name: str) -> bool:
-    """Whether pictures are `[b n c h w]`, filled up with zeros, and not `[n tiles c h w]`."""
-    return name == "pixel_values" and inputs[name].ndim == 5 and "image_sizes" not in inputs
+    """Whether pictures are `[b n c h w]` (masks of theirs `[b n h w]`), filled up with zeros, and not `[n tiles c h w]`."""
+    filled = "pixel_values" in inputs and inputs["pixel_values"].ndim == 5 and "image_sizes" not in inputs
+    return filled and name in ("pixel_values", "pixel_attention_mask")
 
 
 def pad_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]], side: str) -> dict[str, Any]:
@@ -82,14 +84,15 @@ def pad_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]], side: str) -> 
     length = max(row["input_ids"].shape[1] for row in rows)
     filling = {"input_ids": anatomy_of(model).text_config.pad_token_id or 0}
     batch: dict[str, Any] = {}
-    for name in rows[0]:
+    known: dict[str, Any] = {name: value for row in rows for name, value in row.items()}
+    for name in known:
         if name in COUNTS:
-            batch[name] = torch.cat([row[name] for row in rows])
+            batch[name] = torch.cat([row[name] for row in rows if name in row])
         elif name not in PICTURES:
             batch[name] = torch.cat([_pad(row[name], length, side, filling.get(name, 0)) for row in rows])
     for name in PICTURES:
         parts = [row[name] for row in rows if name in row]
-        if parts and _by_rows({**rows[0], name: parts[0]}, name):
+        if parts and _by_rows(known, name):
             batch[name] = _fill_up([row.get(name) for row in rows], parts)
         elif parts:
             batch[name] = torch.cat(parts)

@@ -1,4 +1,4 @@
-"""What users wrap around a model: refused here, with the reason and the cure, where a plan could not hold (docs/around_the_model.md)."""
+"""What users wrap around a model (docs/around_the_model.md): refused here, with reason and cure, where no plan could hold."""
 
 from __future__ import annotations
 

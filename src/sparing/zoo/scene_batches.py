@@ -63,7 +63,8 @@ class SceneBatches(Dataset):
         most = stage.most_objects(within)
         spec = scenes.SceneSpec(objects=(1, most))
         drawn = [scenes.draw_scene(rng, spec, "train") for _ in range(stage.rows)]
-        asked = [scenes.questions(scene, rng, stage.questions, self.recipe.weights) for scene in drawn]
+        weights = stage.weights or self.recipe.weights
+        asked = [scenes.questions(scene, rng, stage.questions, weights) for scene in drawn]
         turns = rng.random() < stage.turns
         batch = make_batch(drawn, asked, self.tokenizer, stage, rng, turns=turns)
         return batch._asdict()

@@ -29,6 +29,7 @@ class Stage:
         growing: steps in which the most objects of a scene grow from one to six.
         bare: fewest and most patches without an object that are told (`words` only); their number is log-uniform.
         turns: share of batches in which questions are turns of one chat, each seeing those before it.
+        weights: how often each task is asked, in the order of `scenes.TASKS`; the recipe's by default.
     """
 
     goal: Goal
@@ -42,6 +43,7 @@ class Stage:
     growing: int = 0
     bare: tuple[int, int] = (1, 12)
     turns: float = 0.0
+    weights: tuple[float, ...] | None = None
 
     def most_objects(self, step: int, most: int = 6) -> int:
         """The most objects of a scene at a step of the stage."""
@@ -142,7 +144,18 @@ SCENES_LLAVA = SceneRecipe(
         Stage(goal="patches", steps=440, rows=32, questions=1, lr=2e-3),
         Stage(goal="words", steps=444, rows=12, questions=16, lr=1.5e-3, cooldown=0.0, growing=300, bare=(1, 30)),
         # Progress goes by the step rather than by the question here: small steps are cheaper.
-        Stage(goal="words", steps=2600, rows=8, questions=8, lr=1.5e-3, cooldown=0.15, bare=(1, 30)),
+        Stage(goal="words", steps=1116, rows=8, questions=8, lr=1.5e-3, cooldown=0.0, bare=(1, 30)),
+        # What is known by now makes room for places, relations and counts.
+        Stage(
+            goal="words",
+            steps=2000,
+            rows=8,
+            questions=8,
+            lr=1.5e-3,
+            cooldown=0.2,
+            bare=(1, 30),
+            weights=(0.5, 1.2, 0.8, 1.2, 0.1, 0.2, 2.0, 3.5, 3.0, 2.0, 0.2),
+        ),
         Stage(goal="align", steps=300, rows=24, questions=1, lr=2e-3),
         Stage(goal="pictures", steps=1200, rows=6, questions=12, lr=8e-4, turns=0.1),
     ),

@@ -10,7 +10,7 @@ import torch
 from sparing.checkpoint.registry import describe, rebuild, tensors_of
 from sparing.evaluate.checkup.findings import Finding
 from sparing.evaluate.checkup.of_model import REPORT, allowed, but_for, cure, off
-from sparing.evaluate.checkup.probe import SEARCHES, Difference, Probe, relative
+from sparing.evaluate.checkup.probe import SEARCHES, Difference, Pass, Probe, relative
 from sparing.evaluate.checkup.subjects import Subject
 from sparing.plan import Policy
 
@@ -40,7 +40,7 @@ def check_executors(probe: Probe, subject: Subject) -> Finding:
             here = probe.difference(fast, dense, mask)
             if here.count and fast.states is not None:
                 same = probe.replayed(batch, fast)
-                replays = max(replays, *relative_rows(fast.logits, same.logits, mask))
+                replays = max(replays, *relative_rows(fast.logits, same.logits, kept(mask, fast)))
             found = found.worse(here)
     limit = probe.allowed(subject.make)
     numbers = {**_numbers(found, limit), "replayed": replays}
@@ -58,6 +58,11 @@ def check_executors(probe: Probe, subject: Subject) -> Finding:
         f"Both executors agree: {off(worst, probe, limit)}.{_flipped(found, 'compared with the same decisions')}",
         numbers,
     )
+
+
+def kept(mask: torch.Tensor, done: Pass) -> torch.Tensor:
+    """The tokens of `mask` that a replay can be compared by."""
+    return mask if done.alive is None else mask.bool() & done.alive.to(mask.device)
 
 
 def relative_rows(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> list[float]:
@@ -109,7 +114,7 @@ def check_decoding(probe: Probe, subject: Subject) -> Finding:
         for batch in probe.batches.values():
             stepwise, whole = probe.decoded(batch, [make()], "gathered")
             full = probe.replayed(whole, stepwise)
-            worst = max(worst, *relative_rows(stepwise.logits, full.logits, whole["attention_mask"]))
+            worst = max(worst, *relative_rows(stepwise.logits, full.logits, kept(whole["attention_mask"], stepwise)))
     limit = probe.allowed(subject.make)
     numbers = {"error": worst, "allowed": limit}
     if worst > limit:

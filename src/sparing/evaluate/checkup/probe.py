@@ -31,11 +31,15 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass
 class Pass:
-    """One forward pass: logits `[b t v]`, and what was decided `[layers 2 b t]`."""
+    """One forward pass: logits `[b t v]`, what was decided `[layers 2 b t]`, and which tokens stay to the end `[b t]`.
+
+    A replay knows what ran, not what was dropped. What a model adds to dropped tokens all the same reaches no other.
+    """
 
     logits: Tensor
     run: Run | None = None
     recorders: Sequence[Recorder] = ()
+    alive: Tensor | None = None
     _states: Tensor | None = None
 
     @property
@@ -101,7 +105,8 @@ class Probe:
         """Under policies."""
         recorders = [Recorder(part) for policy in policies for part in policy.parts()]
         with apply(self.model, *recorders, execute=execute, force=force) as run:
-            return Pass(self.model(**batch).logits, run, recorders)
+            out = self.model(**batch)
+            return Pass(out.logits, run, recorders, _alive(out))
 
     def ablated(self, batch: Mapping[str, Any], ablation: Policy, execute: str) -> Pass:
         """Under an ablation, which a recorder around it would hide."""
@@ -232,7 +237,7 @@ class Probe:
         if "position_ids" in batch:
             # Where the tokens really stood: a policy may have closed the gaps.
             whole["position_ids"] = torch.cat([place.expand(len(fed), -1) for place in places], dim=1)
-        return Pass(torch.cat(logits, dim=1), run, recorders), whole
+        return Pass(torch.cat(logits, dim=1), run, recorders, _alive(out)), whole
 
     def _fed(self, batch: Mapping[str, Any]) -> Tensor:
         """Tokens to decode `[b steps]`: text that occurs in the prompts."""
@@ -260,6 +265,13 @@ class Probe:
             else:
                 margin = float("inf")
         return rows, margin
+
+
+def _alive(out: Any) -> Tensor | None:
+    """The tokens `[b t]` that no policy dropped in any layer; `None` if none was."""
+    state = getattr(out.past_key_values, "state", None)
+    dropped_at = getattr(state, "dropped_at", None)
+    return None if state is None or dropped_at is None else dropped_at == state.depth
 
 
 def relative(a: Tensor, b: Tensor) -> float:

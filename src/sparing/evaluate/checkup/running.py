@@ -22,6 +22,7 @@ from sparing.evaluate.checkup.probe import Probe, seeded
 from sparing.evaluate.checkup.subjects import NAMES, Subject, subjects_for
 from sparing.evaluate.checkup.timing import check_costs
 from sparing.execute import run_of
+from sparing.tokens import TokenMap
 
 OnStep = Callable[[int, int, str], None]
 
@@ -63,7 +64,8 @@ def checkup(
         inputs = inputs_for(model, processor, steps=steps, seed=seed, timed=192 if quick else 384)
         probe = Probe(model, inputs, steps=steps, seed=seed)
         if subjects is None:
-            subjects = subjects_for(model, pictures=inputs.pictures, seed=seed, quick=quick)
+            axes = TokenMap.from_inputs(model, inputs.rows[0]).position_ids.ndim
+            subjects = subjects_for(model, pictures=inputs.pictures, reindex=axes == 2, seed=seed, quick=quick)
             subjects = [subject for subject in subjects if not policies or subject.name in policies]
         costs = functools.partial(check_costs, seconds=0.4 if quick else 2.0, steps=8 if quick else 24)
         jobs: list[tuple[str, str, Callable[[], Finding]]] = [

@@ -39,12 +39,15 @@ class Subject:
     fixed: Sequence[Callable[[], Policy]] = ()
 
 
-def subjects_for(model: nn.Module, *, pictures: bool, seed: int = 0, quick: bool = False) -> list[Subject]:
+def subjects_for(
+    model: nn.Module, *, pictures: bool, reindex: bool = True, seed: int = 0, quick: bool = False
+) -> list[Subject]:
     """Every policy of the library at settings for this model; routers are random, drawn from `seed`.
 
     Args:
         model: a Hugging Face model.
         pictures: whether there are pictures to drop.
+        reindex: whether gaps in the positions can be closed: not in those of several axes.
         seed: of the routers and of the random choice of tokens.
         quick: one setting a policy.
     """
@@ -78,16 +81,16 @@ def subjects_for(model: nn.Module, *, pictures: bool, seed: int = 0, quick: bool
     def third(tokens: TokenMap) -> Tensor:
         return tokens.of(group) & (tokens.valid.long().cumsum(1) % 3 == 2)
 
+    drops: list[Callable[[], Policy]] = [lambda: DropTokens(groups=[group], keep=0.5, seed=seed)]
+    fixed: list[Callable[[], Policy]] = [lambda: DropTokens(third)]
+    if reindex:
+        drops.append(lambda: DropTokens(groups=[group], keep=0.75, positions="reindex", seed=seed))
+        fixed.append(lambda: DropTokens(third, positions="reindex"))
+    else:
+        drops.append(lambda: DropTokens(groups=[group], keep=0.25, seed=seed))
     found = [
         Subject("SkipModules", skips),
-        Subject(
-            "DropTokens",
-            [
-                lambda: DropTokens(groups=[group], keep=0.5, seed=seed),
-                lambda: DropTokens(groups=[group], keep=0.75, positions="reindex", seed=seed),
-            ],
-            fixed=[lambda: DropTokens(third), lambda: DropTokens(third, positions="reindex")],
-        ),
+        Subject("DropTokens", drops, fixed=fixed),
         Subject("EnterLate", [lambda: EnterLate(middle), lambda: EnterLate(0, max(middle, 1))], pictures=True),
         Subject(
             "ViCA",

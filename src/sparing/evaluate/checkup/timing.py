@@ -13,6 +13,7 @@ from sparing.evaluate.checkup.findings import Finding
 from sparing.evaluate.checkup.probe import Probe
 from sparing.evaluate.checkup.subjects import Subject
 from sparing.execute import Run, apply
+from sparing.tokens import TokenMap
 
 SLOW = 0.95
 """Below this share of the stock model's speed a policy counts as slower: less is noise."""
@@ -93,12 +94,21 @@ def _once(probe: Probe, steps: int, device: torch.device) -> tuple[float, float]
     """Seconds of one prefill and of the steps after it."""
     prompt = {name: value for name, value in probe.inputs.timed.items() if name != "position_ids"}
     fed, mask = prompt["input_ids"][:, -1:], prompt["attention_mask"]
+    axes = TokenMap.from_inputs(probe.model, prompt).position_ids
     start = _now(device)
     out: Any = probe.model(**prompt, use_cache=True, logits_to_keep=1)
     middle = _now(device)
-    for _ in range(steps):
+    for step in range(steps):
         mask = torch.cat([mask, torch.ones_like(fed)], dim=1)
-        out = probe.model(input_ids=fed, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+        # Stock models with positions of several axes lose them on a step with a mask alone.
+        known = (
+            {}
+            if axes.ndim == 2
+            else {"position_ids": (axes.amax(dim=(0, 2))[:, None] + 1 + step).expand(len(axes), -1, -1)}
+        )
+        out = probe.model(
+            input_ids=fed, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True, **known
+        )
     return middle - start, _now(device) - middle
 
 

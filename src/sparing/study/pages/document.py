@@ -10,13 +10,16 @@ import jinja2
 
 def page_environment() -> jinja2.Environment:
     """The templates of this room, escaping on, unknown names an error."""
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sparing.study"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # Embedded data keeps its order and wastes no space.
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return environment
 
 
 def write_page(page: str, path: Path) -> None:

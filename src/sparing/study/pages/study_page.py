@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparing.study.contrast import Value
 from sparing.study.fronts import fronts_of
 from sparing.study.pages import numbers, scatter
 from sparing.study.pages.document import page_environment, write_page
@@ -16,6 +18,8 @@ from sparing.study.results import Results
 from sparing.study.store import Stored
 from sparing.study.tables import Column, Entry, Table, tables_of
 
+# Tables of so many columns have room for a drawing beside each value, so wide.
+FEW_COLUMNS, STRIP = 2, 200
 VERDICTS = {"better": "better", "worse": "worse", "other": "differs", "same": "same", "unsure": "≈"}
 
 
@@ -80,15 +84,18 @@ class _Links:
 
 
 def _table(table: Table, links: _Links, results: Results) -> dict[str, Any]:
+    few = len(table.columns) <= FEW_COLUMNS
+    strips = [strips_of([(arm.baseline, entries[i].value) for arm, entries in table.rows]) for i in range(len(table.columns))]
     rows = [
         {
             "arm": arm,
             "entries": [
                 _entry(entry, column, f"{column.model} · {arm.label}", links, results)
-                for entry, column in zip(entries, table.columns, strict=True)
+                | ({"strip": strips[i][row]} if few else {})
+                for i, (entry, column) in enumerate(zip(entries, table.columns, strict=True))
             ],
         }
-        for arm, entries in table.rows
+        for row, (arm, entries) in enumerate(table.rows)
     ]
     return {
         "ask": table.ask,
@@ -102,6 +109,33 @@ def _table(table: Table, links: _Links, results: Results) -> dict[str, Any]:
         "missing": table.missing,
         "verdicts": table.verdicts(),
     }
+
+
+def strips_of(column: Sequence[tuple[bool, Value | None]]) -> list[dict[str, float | None] | None]:
+    """A column's values and intervals on one scale, to be seen at a glance.
+
+    Args:
+        column: of each row, whether it is the baseline, and its value.
+
+    Returns:
+        One a row: pixels of the value, of its interval and of the baseline; `None` without a finite value.
+    """
+    known = [value for _, value in column if value is not None and math.isfinite(value.value)]
+    if len(known) < 2:
+        return [None] * len(column)
+    place = scatter.scale(known, 6, STRIP - 6)
+    base = next((value.value for is_base, value in column if is_base and value is not None), math.nan)
+    return [
+        None
+        if value is None or not math.isfinite(value.value)
+        else {
+            "at": place(value.value),
+            "low": None if value.low is None else place(value.low),
+            "high": None if value.high is None else place(value.high),
+            "base": place(base) if math.isfinite(base) else None,
+        }
+        for _, value in column
+    ]
 
 
 def _heading(column: Column, columns: Sequence[Column]) -> dict[str, Any]:
