@@ -13,7 +13,7 @@ threads = OMP_NUM_THREADS=$(1) MKL_NUM_THREADS=$(1) OPENBLAS_NUM_THREADS=$(1) TO
 offline = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-versions bench gpu docs lint
+.PHONY: help setup demo test test-quant test-versions bench gpu docs lint
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,11 +34,19 @@ test: setup ## the tests, offline
 test-versions: ## the tests on other versions of transformers (an environment each; slow, by night)
 	$(call threads,1) $(offline) $(PYTHON) tests/versions.py $(VERSIONS) --pytest='-q -n $(THREADS) --dist worksteal $(ARGS)'
 
-bench: setup ## time the executors on this CPU
+bench: setup ## the benchmarks on this CPU: executors, families, checkpoints, studies
 	$(call threads,$(THREADS)) $(BIN)/python benchmarks/engine.py --json benchmarks/results/engine.json
+	$(call threads,1) $(BIN)/python benchmarks/families.py --json benchmarks/results/families.json
+	$(call threads,1) $(BIN)/python benchmarks/checkpoints.py --json benchmarks/results/checkpoints.json
+	$(call threads,1) $(BIN)/python benchmarks/study.py --json benchmarks/results/study.json
 
 gpu: setup ## time the executors on a GPU
 	$(BIN)/python benchmarks/gpu_engine.py --json benchmarks/results/gpu_engine.json
+
+test-quant: setup ## the tests on quantised weights, in .venv-quant: torchao talks in every process that has it
+	test -e .venv-quant/.installed || ($(PYTHON) -m venv .venv-quant && \
+	  .venv-quant/bin/python -m pip install --quiet -c constraints.txt -e '.[test,quant]' && touch .venv-quant/.installed)
+	$(call threads,1) $(offline) .venv-quant/bin/python -m pytest -n $(THREADS) tests/test_around_quantised.py $(ARGS)
 
 docs: setup ## run the examples of README.md and docs/
 	$(call threads,$(THREADS)) $(offline) $(BIN)/python docs/check_examples.py

@@ -94,6 +94,12 @@ def pad_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]], side: str) -> 
         parts = [row[name] for row in rows if name in row]
         if parts and _by_rows(known, name):
             batch[name] = _fill_up([row.get(name) for row in rows], parts)
+        elif parts and parts[0].ndim == 5:
+            # Tiles `[n tiles c h w]`, as many as the picture of the row with the most has.
+            most = max(part.shape[1] for part in parts)
+            batch[name] = torch.cat(
+                [nn.functional.pad(part, (0, 0, 0, 0, 0, 0, 0, most - part.shape[1])) for part in parts]
+            )
         elif parts:
             batch[name] = torch.cat(parts)
     return batch
