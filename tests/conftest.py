@@ -6,6 +6,11 @@ import models
 from policy_cases import CASES
 
 
+def pytest_addoption(parser):
+    """What a run may be told: where lmms-eval is, which has an environment of its own."""
+    parser.addoption("--vlm-python", help="the Python of an environment that has lmms-eval; else its tests are skipped")
+
+
 @pytest.fixture(scope="session")
 def tiny_llama():
     """A 3-layer Llama with grouped-query attention."""

@@ -16,7 +16,7 @@ from sparing.study.methods import Dense
 from sparing.study.spec import ModelEntry, Variant
 from sparing.study.store import Result, Store
 
-EVIL = "</script><img src=x onerror=\"window.hacked=1\">'&"
+EVIL = '</script><img src=x onerror="window.hacked=1">\'&'
 ENVIRONMENT = {
     "versions": {"python": "3.12.1", "torch": "2.13.0"},
     "git": {"sha": "0123abcd", "dirty": False},
@@ -40,7 +40,9 @@ def cell(
     shrink: bool = False,
 ) -> Cell:
     """A cell whose key and subject follow from its names, as real ones follow from their content."""
-    subject = f"{model}|{method.label}|{training.label if training else None}|{seed if method.use != 'dense' else None}{salt}"
+    subject = (
+        f"{model}|{method.label}|{training.label if training else None}|{seed if method.use != 'dense' else None}{salt}"
+    )
     key = hashlib.sha256(f"{subject}|{task.label}|{seed}".encode()).hexdigest()[:16]
     return Cell(
         key=key,
@@ -55,9 +57,7 @@ def cell(
     )
 
 
-def done(
-    figures: Mapping[str, Figure], items: Mapping[str, Mapping[str, float]] | None = None, **more: Any
-) -> Result:
+def done(figures: Mapping[str, Figure], items: Mapping[str, Mapping[str, float]] | None = None, **more: Any) -> Result:
     environment = more.pop("environment", ENVIRONMENT)
     outcome = Outcome(figures, items or {}, more.pop("details", {}))
     return Result(
@@ -78,6 +78,8 @@ def stored(folder: Path, cells: Sequence[tuple[Cell, Result]], *, pending: Seque
     folder.mkdir(parents=True, exist_ok=True)
     all_cells = [c for c, _ in cells] + list(pending)
     with Store(folder / "results.sqlite", create=True) as store:
+        # Nothing here must outlive a power cut, and a thousand waits for the disk take half a minute.
+        store._base.execute("PRAGMA synchronous = OFF")
         for each, result in cells:
             store.put(each, result)
         defaults = {"study": "toy", "about": "", "baseline": "dense", "questions": [], "shrink": False}
@@ -105,14 +107,28 @@ def realistic(folder: Path, *, seeds: int = 3, budgets: Sequence[float] = (0.9, 
             luck = dice.gauss(0, 0.05) if seed is not None else 0.0
             for task in tasks:
                 made = cell(model, method, task, seed=seed)
-                cells.append((made, _result(dice, task.name, level + harm * scale + luck, difficulty, method.name, budget)))
+                cells.append(
+                    (made, _result(dice, task.name, level + harm * scale + luck, difficulty, method.name, budget))
+                )
     cells = [_spoiled(i, made, result) for i, (made, result) in enumerate(cells)]
     questions = [
-        {"ask": "What does it cost on stories & quizzes?", "tasks": ["stories", "quiz"], "methods": None, "figures": None},
-        {"ask": f"How fast? {EVIL}", "tasks": ["speed"], "methods": ["search", "random"], "figures": ["prefill speed-up (batch 1)", "no such"]},
+        {
+            "ask": "What does it cost on stories & quizzes?",
+            "tasks": ["stories", "quiz"],
+            "methods": None,
+            "figures": None,
+        },
+        {
+            "ask": f"How fast? {EVIL}",
+            "tasks": ["speed"],
+            "methods": ["search", "random"],
+            "figures": ["prefill speed-up (batch 1)", "no such"],
+        },
     ]
     pending = [cell("tiny-llama", variant("later"), tasks[0])]
-    return stored(folder, cells, pending=pending, study="invented", about=f"All of it is made up. {EVIL}", questions=questions)
+    return stored(
+        folder, cells, pending=pending, study="invented", about=f"All of it is made up. {EVIL}", questions=questions
+    )
 
 
 def _result(
@@ -148,9 +164,16 @@ def _spoiled(i: int, made: Cell, result: Result) -> tuple[Cell, Result]:
     """Some cells as a hard day leaves them."""
     name, task, first = made.method.name, made.task.name, made.model == "tiny-llama"
     if name == "router" and task == "quiz" and made.seed == 1:
-        return made, Result("failed", error=f"RuntimeError: broke {EVIL}", traceback=f"Traceback\n {EVIL}\nRuntimeError", environment=ENVIRONMENT)
+        return made, Result(
+            "failed",
+            error=f"RuntimeError: broke {EVIL}",
+            traceback=f"Traceback\n {EVIL}\nRuntimeError",
+            environment=ENVIRONMENT,
+        )
     if name == "router" and task == "speed" and not first:
-        return made, Result("not applicable", error="SkipGPT cannot act on this model: no room", environment=ENVIRONMENT)
+        return made, Result(
+            "not applicable", error="SkipGPT cannot act on this model: no room", environment=ENVIRONMENT
+        )
     if name == "random" and task == "stories" and made.method.varied["budget"] == 0.5 and made.seed == 2 and first:
         assert result.outcome is not None
         figures = {k: dataclasses.replace(f, value=math.nan) for k, f in result.outcome.figures.items()}

@@ -16,6 +16,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
+    # PEFT 0.18; later ones tie what was tied.
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),
 ]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", *MLP]

@@ -11,6 +11,11 @@ from sparing.anatomy import anatomy_of
 from sparing.execute import run_of
 from sparing.policies import DLLM, MoD, SkipGPT, SkipModules
 
+# Up to transformers 5.22 the device of a model that lies elsewhere was taken for the device to compute on.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:You are calling .generate.. with the `input_ids` being on a device:UserWarning"
+)
+
 
 def mixed(model):
     """Every second layer (and the vision tower) on disk, the rest in memory."""

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import sparing
 from models import llama, llava, llava_batch, text_batch, text_family
 from random_plans import RandomPlans
+from sparing.anatomy import attention
 from sparing.policies import ViCA
 from test_parity import TOLERANCE, decode, relative
 
@@ -168,6 +169,7 @@ def plain_flex(monkeypatch):
     def run(query, key, value, training=False, **kwargs):
         return flex_attention(query, key, value, **kwargs)
 
+    monkeypatch.setattr(attention, "ABORTS_ON", ())
     monkeypatch.setattr(transformers.masking_utils, "create_block_mask", plain)
     monkeypatch.setattr(flex, "compile_friendly_flex_attention", run)
 
@@ -197,17 +199,26 @@ def test_flex_with_windows_and_caps(family, execute, plain_flex):
     agree(under(reference, "flex_attention"), text_batch("right"), reference, execute, RandomPlans(5, 0.6))
 
 
-@pytest.mark.slow
+def test_flex_that_would_abort_is_refused_under_dense():
+    model = under(llama(), "flex_attention")
+    refused = pytest.raises(ValueError, match=r'makes torch abort on a CPU: use execute="gathered"')
+    with refused, torch.no_grad(), sparing.apply(model, RandomPlans(0, 0.6), execute="dense"):
+        model(**text_batch("left"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled kernels: a minute on a CPU, and dense aborts there")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("execute", EXECUTORS)
 def test_flex_compiled(execute):
-    """As transformers runs it, through the compiler (about a minute for its first kernels on a CPU)."""
-    model, inputs = under(llama(), "flex_attention"), text_batch("left")
+    """As transformers runs it, through the compiler."""
+    model = under(llama(), "flex_attention").cuda()
+    inputs = {name: tensor.cuda() for name, tensor in text_batch("left").items()}
     with torch.no_grad():
         stock = model(**inputs).logits
         with sparing.apply(model, execute=execute):
             assert torch.equal(model(**inputs).logits, stock)
-    agree(model, inputs, llama(), execute, RandomPlans(4, 0.6))
+    agree(model, inputs, llama().cuda(), execute, RandomPlans(4, 0.6))
 
 
 def custom(module, query, key, value, attention_mask, scaling=None, **kwargs):

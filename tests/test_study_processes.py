@@ -19,6 +19,9 @@ from study_cases import written
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from study import figures, killed
 
+# Ray 2.50 announces on every start what it will do one day.
+pytestmark = pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning")
+
 SPARING = [sys.executable, "-c", "import sys; from sparing.cli import main; sys.exit(main())"]
 
 

@@ -25,6 +25,8 @@ class Masks(enum.Enum):
     """It takes none: padding and causality alone."""
 
 
+# torch 2.13's compiled flex attention aborts the whole process on a CPU where masks are added to its scores (seen; on a GPU untried).
+ABORTS_ON = ("cpu",)
 CURE = "call model.set_attn_implementation('{}'), or load the model with attn_implementation='{}'"
 
 
@@ -48,6 +50,10 @@ def masks_of(attention: Any, name: str, *, exact: bool, capped: bool) -> Masks:
     if name.startswith("paged|"):
         raise ValueError(f"{name!r} attention reads a paged cache, which holds no plan: {cure}")
     function = _registered(attention, name)
+    if function is flex_attention_forward and not exact and next(attention.parameters()).device.type in ABORTS_ON:
+        raise ValueError(
+            f'{name!r} attention with the masks of execute="dense" makes torch abort on a CPU: use execute="gathered", or {cure}'
+        )
     if function is None or function is sdpa_attention_forward or function is flex_attention_forward:
         return Masks.BOOLEAN if function is sdpa_attention_forward else Masks.ADDED
     flash = function is flash_attention_forward

@@ -85,7 +85,9 @@ def _run(
     from sparing.evaluate.checkup import Subject, checkup
     from sparing.plan import Composed
 
-    subjects = [Subject("as saved", [lambda: Composed(*saved)])] if saved else None
+    follows = "import sparing\n\nmodel, processor = sparing.load({!r})  # follows its policies\nout = model.generate(**inputs)"
+    code = follows.format(getattr(model, "name_or_path", ""))
+    subjects = [Subject("as saved", [lambda: Composed(*saved)], code=code)] if saved else None
     columns = (
         BarColumn(24),
         MofNCompleteColumn(),

@@ -32,7 +32,13 @@ def evaluate(
             "--task",
             metavar="JSON",
             help='A task with settings, as JSON or @file: {"kind": "generation", "data": "x.jsonl", "verifier": "math"}. '
-            "Kinds: harness, choice, perplexity, generation and more; see the docs.",
+            "Kinds: harness, choice, perplexity, generation, lmms and more; see the docs.",
+        ),
+    ] = None,
+    suite: Annotated[
+        Literal["vlm"] | None,
+        typer.Option(
+            "--suite", help="vlm: nine benchmarks with pictures (MME, GQA, MMBench, POPE, ...), asked by lmms-eval."
         ),
     ] = None,
     text: Annotated[
@@ -55,7 +61,14 @@ def evaluate(
         str, typer.Option("--batch", help="Rows of a batch; auto halves them when memory runs out.")
     ] = "auto",
     include: Annotated[
-        Path | None, typer.Option("--include", file_okay=False, help="Folder of further tasks for lm-eval.")
+        Path | None,
+        typer.Option("--include", file_okay=False, help="Folder of further tasks for lm-eval or lmms-eval."),
+    ] = None,
+    vlm_python: Annotated[
+        Path | None,
+        typer.Option(
+            "--vlm-python", dir_okay=False, help="The Python of the environment that has lmms-eval; this one."
+        ),
     ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let verifier: code run programs that the model wrote, under limits.")
@@ -79,8 +92,8 @@ def evaluate(
     from sparing.evaluate import Subject
 
     check_out(out)
-    shared = {"limit": limit, "fewshot": fewshot, "batch": _rows(batch), "include": include}
-    asked = _tasks(tasks or [], task or [], text or [], shared, allow_code)
+    shared = {"limit": limit, "fewshot": fewshot, "batch": _rows(batch), "include": include, "python": vlm_python}
+    asked = _tasks(tasks or [], task or [], suite, text or [], shared, allow_code)
     methods = None if policy is None else _policies(policy, execute)
     for each in asked.values():
         each.check()
@@ -138,10 +151,10 @@ def _json(given: str, option: str) -> Any:
 
 
 def _tasks(
-    names: list[str], given: list[str], texts: list[Path], shared: dict[str, Any], allow_code: bool
+    names: list[str], given: list[str], suite: str | None, texts: list[Path], shared: dict[str, Any], allow_code: bool
 ) -> dict[str, Task]:
     """Names -> tasks, in the order that the command line has them."""
-    from sparing.evaluate import HarnessTask, PerplexityTask
+    from sparing.evaluate import SUITES, HarnessTask, LmmsTask, PerplexityTask
 
     found: dict[str, Task] = {}
 
@@ -151,7 +164,9 @@ def _tasks(
         found[name] = made
 
     for name in [word for words in names for word in words.split(",") if word.strip()]:
-        add(name.strip(), HarnessTask(name.strip(), **shared))
+        add(name.strip(), HarnessTask(name.strip(), **_fitting(HarnessTask, shared)))
+    for name, called in SUITES[suite].items() if suite is not None else ():
+        add(name, LmmsTask(called, **_fitting(LmmsTask, shared)))
     for words in given:
         settings = _json(words, "--task")
         if not isinstance(settings, dict) or not isinstance(settings.get("kind"), str):
@@ -163,8 +178,15 @@ def _tasks(
     for path in texts:
         add(f"perplexity of {path.name}", PerplexityTask(path))
     if not found:
-        raise ValueError("nothing to ask: give --tasks, --task or --text")
+        raise ValueError("nothing to ask: give --tasks, --task, --suite or --text")
     return found
+
+
+def _fitting(cls: type[Task], shared: dict[str, Any]) -> dict[str, Any]:
+    """Those of the command's own options that are settings of a kind of task."""
+    import inspect
+
+    return {key: value for key, value in shared.items() if key in inspect.signature(cls).parameters}
 
 
 def _made(settings: dict[str, Any], shared: dict[str, Any], allow_code: bool) -> tuple[str, Task]:
@@ -182,7 +204,11 @@ def _made(settings: dict[str, Any], shared: dict[str, Any], allow_code: bool) ->
     settings = {key: value for key, value in settings.items() if key not in ("kind", "name")}
     cls = task_class(kind)
     fields = set(inspect.signature(cls).parameters)
-    filled = {key: value for key, value in shared.items() if key in fields and value is not None and key != "include"}
+    filled = {
+        key: value
+        for key, value in _fitting(cls, shared).items()
+        if value is not None and (key != "include" or kind == "lmms")
+    }
     if kind == "perplexity":
         filled.pop("batch", None)
     if allow_code and "allow_code" in fields:

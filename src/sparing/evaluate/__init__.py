@@ -7,15 +7,26 @@ from sparing.evaluate.profile import Profiler, profile
 from sparing.evaluate.removal import Removal
 from sparing.evaluate.speed import Timing, time_arms
 from sparing.evaluate.task import Figure, NotApplicable, Outcome, Subject, Task
-from sparing.evaluate.tasks import ChoiceTask, GenerationTask, HarnessTask, PerplexityTask, known_tasks, task_class
+from sparing.evaluate.tasks import (
+    SUITES,
+    ChoiceTask,
+    GenerationTask,
+    HarnessTask,
+    LmmsTask,
+    PerplexityTask,
+    known_tasks,
+    task_class,
+)
 from sparing.evaluate.windows import Windows, cut, read_text, tokenize
 
 __all__ = [
     "KINDS",
+    "SUITES",
     "ChoiceTask",
     "Figure",
     "GenerationTask",
     "HarnessTask",
+    "LmmsTask",
     "NotApplicable",
     "Outcome",
     "PerplexityTask",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparing.evaluate.checkup import MEANINGS
 from sparing.study.pages import page_environment, write_page
 
 COLUMNS = (
@@ -50,6 +51,8 @@ def render_check(figures: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         groups=groups,
         rows=rows,
         columns=COLUMNS,
+        meanings=MEANINGS,
+        seen=[name for name in MEANINGS if any(x["name"] == name for x in f["findings"])],
         marks=MARKS,
         counts=counts,
         speed=_speed([row for row in rows if row["speed"]]),

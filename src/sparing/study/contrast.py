@@ -90,7 +90,11 @@ def value_of(cells: Sequence[Stored], figure: str) -> Value | None:
 
     Two seeds or more: the mean with its t interval over seeds. One cell: as the task told it.
     """
-    found = [(cell.seed, cell.result.outcome.figures[figure]) for cell in with_figure(cells, figure)]
+    found = [
+        (cell.seed, cell.result.outcome.figures[figure])
+        for cell in cells
+        if cell.result.outcome is not None and figure in cell.result.outcome.figures
+    ]
     if not found:
         return None
     first = found[0][1]
@@ -105,7 +109,11 @@ def value_of(cells: Sequence[Stored], figure: str) -> Value | None:
     mean = statistics.over_seeds(numbers)
     if len(numbers) == 1:
         return Value(mean.value, None, None, "", each, first)
-    return Value(mean.value, mean.low, mean.high, "seeds", each, first)
+    low, high = mean.low, mean.high
+    if first.unit == "share" and first.better == "higher" and min(numbers) >= 0 and max(numbers) <= 1:
+        # Few seeds know nothing of the ends of a share: t may leave them.
+        low, high = max(0.0, low), min(1.0, high)
+    return Value(mean.value, low, high, "seeds", each, first)
 
 
 def contrast(first: Sequence[Stored], second: Sequence[Stored], figure: str) -> Difference | None:
@@ -156,7 +164,9 @@ def _pairs(first: Sequence[Stored], second: Sequence[Stored]) -> tuple[list[tupl
     return [], False
 
 
-def _over_items(pairs: Sequence[tuple[Stored, Stored]], figure: str, better: Literal["higher", "lower"] | None):
+def _over_items(
+    pairs: Sequence[tuple[Stored, Stored]], figure: str, better: Literal["higher", "lower"] | None
+) -> Difference | None:
     scores = [(_items(a, figure), _items(b, figure)) for a, b in pairs]
     names = sorted(set.intersection(*(x.keys() & y.keys() for x, y in scores))) if scores else []
     if not names:

@@ -150,7 +150,8 @@ def _chart(results: Results, grid: Grid, model: str, task: str, figure: str, axi
             points.append(Point(arm, cost, quality))
     better = next(iter(p.quality.figure.better for p in points), None)
     signs = (1 if axis.better == "higher" else -1, 1 if better == "higher" else -1)
-    places = [(signs[0] * p.cost.value, signs[1] * p.quality.value) for p in points]
+    # Twelve digits: a mean over equal seeds may differ from its seeds in the last one.
+    places = [(signs[0] * _rounded(p.cost.value), signs[1] * _rounded(p.quality.value)) for p in points]
     marked = [dataclasses.replace(point, front=on) for point, on in zip(points, undominated(places), strict=True)]
     return Chart(axis, tuple(marked), left_out)
 
@@ -175,6 +176,10 @@ def _from_details(cells: Sequence[Stored], ask: Callable[[Stored], object]) -> V
         return None
     mean = sum(value for _, value in shares) / len(shares)
     return Value(mean, None, None, "", tuple(shares), Figure(mean, better="lower", unit="share"))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.12g}")
 
 
 def _why(cells: Sequence[Stored]) -> str:

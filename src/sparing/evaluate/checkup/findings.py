@@ -8,6 +8,23 @@ from typing import Any, Literal
 Verdict = Literal["ok", "slow", "fails", "not applicable"]
 MODEL = "the model"
 """The subject of checks that are about no policy."""
+MEANINGS = {
+    "loads": "a known family; weights and logits are finite numbers",
+    "pictures": "the processor makes pictures that the model reads",
+    "apply without a policy": "an empty plan changes no bit and leaves nothing on the model",
+    "both executors, everything computed": "sparing's own arithmetic is the stock model's",
+    "padding": "a row answers alike alone and in a padded batch",
+    "generate()": "greedy, sampled and beam search find the same tokens under both executors",
+    "save and load": "a saved model comes back as it was",
+    "fits": "the policy has a place on this model",
+    "text alone": "without pictures a vision policy changes no bit",
+    "dense = gathered": "the fast executor computes what the plain one defines",
+    "cached decoding": "token by token through the cache equals one pass over everything",
+    "saved": "what a checkpoint stores of the policy makes the same tokens again",
+    "speed and memory": "time, key and value bytes and peak memory against the stock model here",
+    "under dense": "an ablation changes the result, is marked, and counts as no speed-up",
+}
+"""What each check says, in a line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +61,8 @@ class Checkup:
         settings: how each policy was set, by subject.
         findings: in the order of the checks.
         seconds: for all.
+        code: how to use each policy at its first setting, by subject; empty where there is no such line.
+        untrained: subjects with fresh routers.
     """
 
     model: dict[str, Any]
@@ -52,6 +71,8 @@ class Checkup:
     settings: dict[str, list[str]]
     findings: list[Finding]
     seconds: float
+    code: dict[str, str] = dataclasses.field(default_factory=dict)
+    untrained: tuple[str, ...] = ()
 
     def of(self, subject: str) -> list[Finding]:
         """The findings about a policy, or about the model."""
@@ -89,6 +110,24 @@ class Checkup:
                 said.append(lead + ", ".join(names) + end)
         return said
 
+    def next_step(self, subject: str) -> str:
+        """What to do about a policy now, in words; `code` has the lines to type."""
+        verdict = self.verdict(subject)
+        if verdict == "fails":
+            strict = "" if self.model.get("dtype") == "float32" else " --dtype float32"
+            what = f" --policies {subject}" if self.code.get(subject, "").startswith("import sparing\nfrom") else ""
+            return f"Keep to the stock model. To look closer: sparing check {self.model['name']}{what}{strict}"
+        if verdict == "not applicable":
+            return "Leave it out: it changes nothing on this model."
+        train = "Train its router first: a fresh one decides at random. " if subject in self.untrained else ""
+        if any(finding.name == "under dense" for finding in self.of(subject)):
+            return "Use it to learn what the model needs; it makes nothing faster."
+        if verdict == "slow":
+            return (
+                f"{train}Correct, but no gain in speed everywhere: try it where prompts are longer or memory is short."
+            )
+        return f"{train}Use it, and measure what the answers lose on your own tasks."
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and the page."""
         return {
@@ -98,7 +137,13 @@ class Checkup:
             "safe": self.safe,
             "words": self.words(),
             "policies": {
-                name: {"verdict": self.verdict(name), "settings": made} for name, made in self.settings.items()
+                name: {
+                    "verdict": self.verdict(name),
+                    "settings": made,
+                    "next": self.next_step(name),
+                    "code": self.code.get(name, ""),
+                }
+                for name, made in self.settings.items()
             },
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "seconds": self.seconds,

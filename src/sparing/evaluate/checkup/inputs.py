@@ -20,7 +20,9 @@ TEXT = (
     "to her, and went back to the wheel. Far out, a buoy rang twice. She thought of the house, of the key under the third "
     "stone, of the letter that began with her name and ended in the middle of a sentence. Then the rain came. "
 )
-QUESTIONS = ("What is different between these pictures?", "Describe this picture.", "What is the capital of France?")
+QUESTIONS = ("What is different between these pictures?", "Describe this picture.", "Which of these comes first?")
+COUNTS = (2, 1, 4)
+"""Pictures of the rows: two that are compared, and a longer one that is timed."""
 LENGTHS = (41, 26, 9)
 """Tokens of the text rows: unlike each other, so that padding is seen at work."""
 
@@ -34,12 +36,14 @@ class Inputs:
         timed: a longer prompt, alone.
         pictures: whether rows have pictures.
         told: where they come from, in words.
+        trouble: why there are no pictures although there is a processor for them; empty where nothing is wrong.
     """
 
     rows: list[dict[str, Any]]
     timed: dict[str, Any]
     pictures: bool
     told: str
+    trouble: str = ""
 
 
 def inputs_for(model: nn.Module, processor: Any, *, steps: int, seed: int, timed: int) -> Inputs:
@@ -63,20 +67,32 @@ def inputs_for(model: nn.Module, processor: Any, *, steps: int, seed: int, timed
         ids = _random_ids(family, draw)
     room = max(limit - steps, 2)
     texts = [{"input_ids": ids[:, : min(n, room)]} for n in LENGTHS]
-    long = ids.repeat(1, timed // ids.shape[1] + 1)[:, : min(timed, max(limit - 64, 2))]
+    long = ids.repeat(1, timed // ids.shape[1] + 1)[:, : min(timed, max(limit - 24, 2))]
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    seen = _picture_rows(model, processor, ids, draw) if family.vision_encoder is not None else None
-    raw = texts if seen is None else [*seen, texts[-1]]
-    rows = [_ready(model, row, device) for row in raw]
+    seen, trouble = None, ""
+    if family.vision_encoder is not None:
+        try:
+            made = _picture_rows(model, processor, ids, draw)
+            seen = None if made is None else [_ready(model, row, device) for row in made]
+        except Exception as error:  # a processor is other people's code, and the checkpoint's settings
+            line = " ".join(str(error).split())[:300]
+            trouble = f"The processor makes no pictures that the model reads: {type(error).__name__}: {line}"
+    rows = [_ready(model, row, device) for row in (texts if seen is None else texts[-1:])]
+    rows = [*(seen or [])[:2], *rows]
     if any("mm_token_type_ids" in row for row in rows):
         rows = [{"mm_token_type_ids": torch.zeros_like(row["input_ids"]), **row} for row in rows]
     if seen is not None:
         told = f"two random pictures, one random picture, and text alone ({told})"
     elif family.vision_encoder is not None:
         told += "; without pictures (the checkpoint has no processor to make them)"
-    return Inputs(
-        rows, rows[1] if seen is not None else _ready(model, {"input_ids": long}, device), seen is not None, told
-    )
+    timed_row = _ready(model, {"input_ids": long}, device) if seen is None else _longest(seen, limit - 24)
+    return Inputs(rows, timed_row, seen is not None, told, trouble)
+
+
+def _longest(rows: list[dict[str, Any]], room: int) -> dict[str, Any]:
+    """The longest row that fits; the shortest if none does."""
+    by_length = sorted(rows, key=lambda row: row["input_ids"].shape[1])
+    return next((row for row in reversed(by_length) if row["input_ids"].shape[1] <= room), by_length[0])
 
 
 def _ready(model: nn.Module, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -115,11 +131,9 @@ def _random_ids(family: Any, draw: np.random.Generator) -> Tensor:
 def _picture_rows(
     model: nn.Module, processor: Any, text: Tensor, draw: np.random.Generator
 ) -> list[dict[str, Any]] | None:
-    """A row of two pictures and one of one; `None` where they cannot be made."""
+    """Rows of two pictures, of one, and of four to be timed; `None` where they cannot be made."""
     if getattr(processor, "image_processor", None) is not None:
-        return [
-            _processed(processor, question, count, draw) for count, question in ((2, QUESTIONS[0]), (1, QUESTIONS[1]))
-        ]
+        return [_processed(processor, question, count, draw) for question, count in zip(QUESTIONS, COUNTS, strict=True)]
     family: Any = anatomy_of(model)
     vision = family.config.vision_config
     try:
@@ -134,12 +148,19 @@ def _picture_rows(
         pixels = draw.standard_normal((count, getattr(vision, "num_channels", 3), height, width), dtype=np.float32)
         return {"input_ids": torch.cat(parts, dim=1), "pixel_values": torch.from_numpy(pixels)}
 
-    return [row(text[:, :3], picture, text[:, 3:7], picture, text[:, 7:12]), row(text[:, :2], picture, text[:, 2:8])]
+    four = [part for i in range(4) for part in (text[:, 4 * i : 4 * i + 4], picture)]
+    return [
+        row(text[:, :3], picture, text[:, 3:7], picture, text[:, 7:12]),
+        row(text[:, :2], picture, text[:, 2:8]),
+        row(*four, text[:, 16:24]),
+    ]
 
 
 def _processed(processor: Any, question: str, count: int, draw: np.random.Generator) -> dict[str, Any]:
     """One row from the processor: random pictures and a question."""
-    pictures = [Image.fromarray(draw.integers(0, 256, (112, 112 + 56 * i, 3), dtype=np.uint8)) for i in range(count)]
+    pictures = [
+        Image.fromarray(draw.integers(0, 256, (112, 112 + 56 * (i % 2), 3), dtype=np.uint8)) for i in range(count)
+    ]
     if getattr(processor, "chat_template", None):
         content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

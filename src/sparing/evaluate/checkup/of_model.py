@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from sparing.evaluate.checkup.findings import Finding
 from sparing.evaluate.checkup.probe import SEARCHES, Difference, Pass, Probe, seeded
 from sparing.policies import SkipGPT, SkipModules
 
+LOADS = "loads"
 REPORT = "please report it with run.json; until then keep to the stock model"
 STRICTER = "run it again with --dtype float32: if that passes, it was rounding; if not, " + REPORT
 
@@ -29,23 +31,27 @@ def cure(probe: Probe) -> str:
 
 def check_loads(probe: Probe) -> Finding:
     """Known family, finite weights, finite logits."""
-    family, name = anatomy_of(probe.model), "loads"
+    family, name = anatomy_of(probe.model), LOADS
     bad = [n for n, p in probe.model.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
     if bad:
         return Finding(
-            name, "fails", f"The weights contain NaN or infinite values: {bad[0]}.", {"tensors": bad}, "save them again"
+            name,
+            "fails",
+            f"The weights contain NaN or infinite values: {bad[0]}.",
+            {"tensors": bad},
+            "download or save them again; the other checks were left out",
         )
-    finite = all(
-        bool(probe.stock(batch).logits[batch["attention_mask"].bool()].isfinite().all())
-        for batch in probe.batches.values()
-    )
-    if not finite:
-        dtype = (
-            "run it again with --dtype bfloat16"
-            if probe.dtype == torch.float16
-            else "look for the layer that overflows"
-        )
-        return Finding(name, "fails", "The stock model's logits contain NaN or infinite values.", {}, dtype)
+    for batch in probe.batches.values():
+        if not bool(probe.stock(batch).logits[batch["attention_mask"].bool()].isfinite().all()):
+            sentence = (
+                f"The stock model's logits contain NaN or infinite values; they begin {_first_broken(probe, batch)}."
+            )
+            what = (
+                "run it again with --dtype bfloat16, whose range is wider"
+                if probe.dtype == torch.float16
+                else ("no policy can help: look at the weights there")
+            )
+            return Finding(name, "fails", sentence, {}, f"{what}; the other checks were left out")
     count = sum(p.numel() for p in probe.model.parameters())
     shown = f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
     sentence = f"A known family ({family.config.model_type}), {len(family.layers)} layers, {shown} parameters, all numbers finite."
@@ -192,6 +198,33 @@ def off(error: float, probe: Probe, allowed: float | None = None) -> str:
 def short(value: float, digits: int = 1) -> str:
     """A small number: `1.2e-6`."""
     return f"{value:.{digits}e}".replace("e-0", "e-")
+
+
+def _first_broken(probe: Probe, batch: Mapping[str, Any]) -> str:
+    """Where on the way through the model the first number is that is none."""
+    layers, mask = anatomy_of(probe.model).layers, batch["attention_mask"].bool()
+    broken: list[str] = []
+
+    def look(at: str, states: torch.Tensor) -> None:
+        if not broken and not bool(states[mask].isfinite().all()):
+            broken.append(at)
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        look(
+            "before the first layer, in the embeddings or the pictures' features",
+            args[0] if args else kwargs["hidden_states"],
+        )
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(layers[0].register_forward_pre_hook(before, with_kwargs=True).remove)
+        for i, layer in enumerate(layers):
+
+            def after(_: nn.Module, __: Any, out: Any, at: str = f"in layer {i}") -> None:
+                look(at, out[0] if isinstance(out, tuple) else out)
+
+            stack.callback(layer.register_forward_hook(after).remove)
+        probe.stock(batch)
+    return broken[0] if broken else "after the last layer, in the final norm or the head"
 
 
 def _marks(model: nn.Module) -> dict[str, Any]:

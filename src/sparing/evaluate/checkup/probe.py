@@ -84,6 +84,9 @@ class Probe:
         inputs: what to run it on.
         steps: tokens to decode.
         seed: of sampling.
+
+    Attributes:
+        peaks: bytes that the stock model needs at once, by rows and steps, once they are known.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, *, steps: int, seed: int) -> None:
@@ -92,6 +95,7 @@ class Probe:
         self.tolerance = TOLERANCES.get(self.dtype, 5e-2)
         self.exact = self.dtype == torch.float32
         self._allowed: dict[Any, float] = {}
+        self.peaks: dict[tuple[int, int], int] = {}
         # Turned on the right, so that the first row is the longest here and the shortest there.
         self.batches = {
             side: pad_rows(model, inputs.rows if side == "left" else inputs.rows[::-1], side) for side in SIDES

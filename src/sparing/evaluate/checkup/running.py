@@ -16,7 +16,7 @@ from transformers.utils import logging
 from sparing.anatomy import anatomy_of
 from sparing.evaluate.checkup.findings import MODEL, Checkup, Finding
 from sparing.evaluate.checkup.inputs import inputs_for
-from sparing.evaluate.checkup.of_model import MODEL_CHECKS
+from sparing.evaluate.checkup.of_model import LOADS, MODEL_CHECKS
 from sparing.evaluate.checkup.of_policy import POLICY_CHECKS, check_ablation, check_noop
 from sparing.evaluate.checkup.probe import Probe, seeded
 from sparing.evaluate.checkup.subjects import NAMES, Subject, subjects_for
@@ -61,13 +61,13 @@ def checkup(
         raise ValueError("this model follows policies already: sparing.release(model) takes them off")
     steps = 6 if quick else 10
     with _quiet(), seeded(seed):
-        inputs = inputs_for(model, processor, steps=steps, seed=seed, timed=192 if quick else 384)
+        inputs = inputs_for(model, processor, steps=steps, seed=seed, timed=256 if quick else 512)
         probe = Probe(model, inputs, steps=steps, seed=seed)
         if subjects is None:
             axes = TokenMap.from_inputs(model, inputs.rows[0]).position_ids.ndim
             subjects = subjects_for(model, pictures=inputs.pictures, reindex=axes == 2, seed=seed, quick=quick)
             subjects = [subject for subject in subjects if not policies or subject.name in policies]
-        costs = functools.partial(check_costs, seconds=0.4 if quick else 2.0, steps=8 if quick else 24)
+        costs = functools.partial(check_costs, seconds=0.2 if quick else 0.6, steps=8 if quick else 16)
         jobs: list[tuple[str, str, Callable[[], Finding]]] = [
             (MODEL, name, functools.partial(check, probe)) for name, check in MODEL_CHECKS.items()
         ]
@@ -80,11 +80,19 @@ def checkup(
             if (refusal := _refusal(probe, subject)) is not None:
                 checks = {"fits": lambda _, __, refusal=refusal: Finding("fits", "not applicable", refusal)}
             jobs += [(subject.name, name, functools.partial(check, probe, subject)) for name, check in checks.items()]
-        findings = []
+        findings: list[Finding] = []
+        if inputs.trouble:
+            findings.append(
+                Finding("pictures", "fails", inputs.trouble, {}, "mend its processor; see the log of --debug")
+            )
         for done, (name, check, job) in enumerate(jobs):
             if on_step is not None:
                 on_step(done, len(jobs), f"{name}: {check}")
             findings.append(_guarded(name, check, job))
+            if check == LOADS and findings[-1].verdict == "fails":
+                # Where the model's own numbers are broken, every other check would find that again.
+                subjects = []
+                break
         if on_step is not None:
             on_step(len(jobs), len(jobs), "")
     family = anatomy_of(model)
@@ -111,6 +119,8 @@ def checkup(
         settings={subject.name: [_shown(make) for make in subject.make] for subject in subjects},
         findings=findings,
         seconds=time.monotonic() - begun,
+        code={subject.name: subject.code for subject in subjects if subject.code},
+        untrained=tuple(subject.name for subject in subjects if subject.routed),
     )
 
 

@@ -30,6 +30,8 @@ class Subject:
         pictures: whether it does something only where there are pictures.
         ablation: whether it is one: it runs under `dense` alone, and is no speed-up.
         fixed: settings for the padding check, where the others choose at random by the place in the batch.
+        code: lines that use the first setting on `model` and `inputs`; empty if there are none to show.
+        routed: whether fresh routers decide, which are of use after training only.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Subject:
     pictures: bool = False
     ablation: bool = False
     fixed: Sequence[Callable[[], Policy]] = ()
+    code: str = ""
+    routed: bool = False
 
 
 def subjects_for(
@@ -89,17 +93,36 @@ def subjects_for(
     else:
         drops.append(lambda: DropTokens(groups=[group], keep=0.25, seed=seed))
     found = [
-        Subject("SkipModules", skips),
-        Subject("DropTokens", drops, fixed=fixed),
-        Subject("EnterLate", [lambda: EnterLate(middle), lambda: EnterLate(0, max(middle, 1))], pictures=True),
+        Subject("SkipModules", skips, code=use(f"SkipModules([{middle}], [{last}])")),
+        Subject(
+            "DropTokens",
+            drops,
+            fixed=fixed,
+            code=use(f"DropTokens(groups=[Group.{group.name}], keep=0.5, seed={seed})"),
+        ),
+        Subject(
+            "EnterLate",
+            [lambda: EnterLate(middle), lambda: EnterLate(0, max(middle, 1))],
+            pictures=True,
+            code=use(f"EnterLate({middle})"),
+        ),
         Subject(
             "ViCA",
             [lambda: ViCA(sorted({depth // 4, middle})), lambda: ViCA([middle], prefix="freeze")],
             pictures=True,
+            code=use(f"ViCA({sorted({depth // 4, middle})})"),
         ),
-        Subject("FastV", [lambda: FastV(ranked, 0.5), lambda: FastV(1, 0.25, rank_by="all")], pictures=True),
         Subject(
-            "PyramidDrop", [lambda: PyramidDrop(stages, 0.5), lambda: PyramidDrop(stages[:1], 0.25)], pictures=True
+            "FastV",
+            [lambda: FastV(ranked, 0.5), lambda: FastV(1, 0.25, rank_by="all")],
+            pictures=True,
+            code=use(f"FastV({ranked}, 0.5)"),
+        ),
+        Subject(
+            "PyramidDrop",
+            [lambda: PyramidDrop(stages, 0.5), lambda: PyramidDrop(stages[:1], 0.25)],
+            pictures=True,
+            code=use(f"PyramidDrop({stages}, 0.5)"),
         ),
         Subject(
             "SkipGPT",
@@ -107,6 +130,8 @@ def subjects_for(
                 seeded(lambda: SkipGPT.for_model(model)),
                 seeded(lambda: SkipGPT.for_model(model, "release", sample=False, feed_reads="residual")),
             ],
+            code=use("SkipGPT.for_model(model)"),
+            routed=True,
         ),
         Subject(
             "MoD",
@@ -114,6 +139,8 @@ def subjects_for(
                 seeded(lambda: MoD.for_model(model, capacity=0.5, **routed)),
                 seeded(lambda: MoD.for_model(model, "paper", capacity=0.5)),
             ],
+            code=use(f"MoD.for_model(model, capacity=0.5{f', layers=[{last}]' if routed else ''})"),
+            routed=True,
         ),
         Subject(
             "DLLM",
@@ -121,6 +148,8 @@ def subjects_for(
                 seeded(lambda: DLLM.for_model(model, start_layer=min(2, last))),
                 seeded(lambda: DLLM.for_model(model, "lrm-pruning", sample=False)),
             ],
+            code=use(f"DLLM.for_model(model, start_layer={min(2, last)})"),
+            routed=True,
         ),
         Subject(
             "knock_out",
@@ -129,6 +158,19 @@ def subjects_for(
                 lambda: knock_out(Group.TEXT, group, renormalise=True),
             ],
             ablation=True,
+            code=use(f"knock_out(Group.TEXT, Group.{group.name}, layers=[{middle}])"),
         ),
     ]
     return [dataclasses.replace(s, make=s.make[:1]) for s in found] if quick else found
+
+
+def use(policy: str) -> str:
+    """Lines that run `model` on `inputs` under a policy, which is given as an expression."""
+    name = policy.split("(")[0].split(".")[0]
+    lines = ["import sparing", f"from sparing.{'ablate' if name == 'knock_out' else 'policies'} import {name}"]
+    if "Group." in policy:
+        lines.append("from sparing.tokens import Group")
+    how = ', execute="dense"' if name == "knock_out" else ""
+    return "\n".join(
+        [*lines, "", f"with sparing.apply(model, {policy}{how}) as run:", "    out = model.generate(**inputs)"]
+    )

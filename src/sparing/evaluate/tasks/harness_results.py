@@ -56,8 +56,8 @@ def outcome_of(
         known = all(score in (0.0, 1.0) for score in solved)
         right = [bool(score) for score in solved] if known else None
         figures |= writing_figures(right, [w for _, w in answers], meter, seed=seed)
-        items["output_tokens"] = _mean_of([(key, float(len(w.ids))) for key, w in answers])
-        items["truncated"] = _mean_of([(key, float(not w.finished)) for key, w in answers])
+        items["output_tokens"] = mean_of([(key, float(len(w.ids))) for key, w in answers])
+        items["truncated"] = mean_of([(key, float(not w.finished)) for key, w in answers])
         if known and not any(solved):
             details["seconds_per_solved"] = "none solved"
     details |= {
@@ -88,7 +88,7 @@ def _task_figures(
             values = [row[metric] for row in rows]
             if aggregate is metrics.mean and all(isinstance(v, (int, float)) or hasattr(v, "item") for v in values):
                 numbers = [float(v) for v in values]
-                figures[name] = _mean_figure(numbers, better, seed)
+                figures[name] = mean_figure(numbers, better, seed)
                 items[name] = {
                     f"{prefix}{row['doc_id']}:{row['doc_hash'][:12]}": number
                     for row, number in zip(rows, numbers, strict=True)
@@ -97,7 +97,8 @@ def _task_figures(
                 figures[name] = as_figure(statistics.resampled(values, aggregate, seed=seed), better, "")
 
 
-def _mean_figure(numbers: list[float], better: Any, seed: int) -> Figure:
+def mean_figure(numbers: list[float], better: Any, seed: int) -> Figure:
+    """The mean of documents' scores: a share with Wilson's interval where all are 0 or 1, else with the bootstrap's."""
     if all(number in (0.0, 1.0) for number in numbers):
         return as_figure(statistics.share(int(sum(numbers)), len(numbers)), better, "share")
     return as_figure(statistics.mean(numbers, seed=seed), better, "")
@@ -115,7 +116,7 @@ def _group_figures(
         name = metric + ("" if chosen in ("", "none") else f",{chosen}")
         pooled = [score for task in tasks for score in items.get(f"{task}/{name}", {}).values()]
         if pooled and abs(sum(pooled) / len(pooled) - value) < 1e-9:
-            figures[name] = _mean_figure(pooled, "higher", 0)
+            figures[name] = mean_figure(pooled, "higher", 0)
         else:
             figures[name] = Figure(value)
     return figures
@@ -134,7 +135,7 @@ def _document(key: str) -> str:
     return key.rpartition(":")[0]
 
 
-def _mean_of(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
+def mean_of(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
     """Means by name, where documents were asked several times."""
     found: dict[str, list[float]] = {}
     for key, value in pairs:

@@ -15,6 +15,7 @@ def known_tasks() -> Mapping[str, type[Task]]:
     """Names and classes: ours, and those that other packages offer (entry point group `sparing.tasks`); ours win."""
     from sparing.evaluate.tasks.generation import GenerationTask
     from sparing.evaluate.tasks.harness import ChoiceTask, HarnessTask
+    from sparing.evaluate.tasks.lmms import LmmsTask
     from sparing.evaluate.tasks.perplexity import PerplexityTask
     from sparing.evaluate.tasks.timing import SpeedTask
 
@@ -24,6 +25,7 @@ def known_tasks() -> Mapping[str, type[Task]]:
         "perplexity": PerplexityTask,
         "generation": GenerationTask,
         "speed": SpeedTask,
+        "lmms": LmmsTask,
     }
     for point in entry_points(group="sparing.tasks"):
         found.setdefault(point.name, point.load())

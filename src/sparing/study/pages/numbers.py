@@ -32,10 +32,10 @@ def signed(value: float, unit: str = "", name: str = "") -> str:
 
 
 def interval(low: float | None, high: float | None, unit: str = "", name: str = "") -> str:
-    """`61.0 – 65.1%`; empty without ends."""
-    if low is None or high is None:
+    """`61.0 – 65.1%`; empty without ends, and where nothing varied."""
+    if low is None or high is None or low == high:
         return ""
-    return number(low, unit, name).removesuffix("%") + TO + number(high, unit, name)
+    return number(low, unit, name).rstrip("%×") + TO + number(high, unit, name)
 
 
 def is_share(unit: str) -> bool:

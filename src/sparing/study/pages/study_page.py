@@ -18,8 +18,8 @@ from sparing.study.results import Results
 from sparing.study.store import Stored
 from sparing.study.tables import Column, Entry, Table, tables_of
 
-# Tables of so many columns have room for a drawing beside each value, so wide.
-FEW_COLUMNS, STRIP = 2, 200
+# A table of one column has room for a drawing beside each value, so wide.
+STRIP = 200
 VERDICTS = {"better": "better", "worse": "worse", "other": "differs", "same": "same", "unsure": "≈"}
 
 
@@ -84,8 +84,10 @@ class _Links:
 
 
 def _table(table: Table, links: _Links, results: Results) -> dict[str, Any]:
-    few = len(table.columns) <= FEW_COLUMNS
-    strips = [strips_of([(arm.baseline, entries[i].value) for arm, entries in table.rows]) for i in range(len(table.columns))]
+    few = len(table.columns) == 1
+    strips = [
+        strips_of([(arm.baseline, entries[i].value) for arm, entries in table.rows]) for i in range(len(table.columns))
+    ]
     rows = [
         {
             "arm": arm,
@@ -273,7 +275,7 @@ def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         if isinstance(inner, Mapping):
             found |= _flat(inner, f"{before}{name}.")
         else:
-            found[f"{before}{name}"] = ", ".join(map(str, inner)) if isinstance(inner, (list, tuple)) else inner
+            found[f"{before}{name}"] = ", ".join(map(str, inner)) or "none" if isinstance(inner, (list, tuple)) else inner
     return found
 
 

@@ -87,7 +87,8 @@ function open(from) {
   const entry = data.entries[Number(from.dataset.e)];
   hide();
   document.getElementById("cell-title").textContent = entry.title;
-  body.replaceChildren(...entry.said.filter(Boolean).map((line) => node("p", line)));
+  const warning = document.querySelector(".alarm");
+  body.replaceChildren(...(warning ? [node("p", warning.textContent, "bad")] : []), ...entry.said.filter(Boolean).map((line) => node("p", line)));
   entry.cells.forEach((i) => body.append(cell(data.cells[i], entry.figure, entry.cells.length === 1)));
   dialog.showModal();
   dialog.scrollTop = 0;
