@@ -1,5 +1,7 @@
 """Run the fenced blocks of README.md and docs/*.md whose first line is ```python run or ```bash run.
 
+    python docs/check_examples.py [PAGE ...]
+
 A page's blocks run in order and share their variables and a temporary folder.
 """
 
@@ -36,10 +38,16 @@ def run_page(page: Path) -> int:
     return count
 
 
+def pages() -> list[Path]:
+    """The pages that have examples to run."""
+    every = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [page for page in every if BLOCK.search(page.read_text(encoding="utf-8"))]
+
+
 def main() -> int:
-    """Run every page; the exit code is the number of pages that failed."""
+    """Run the pages that are named, or every page; the exit code is the number of pages that failed."""
     failed, count = 0, 0
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [ROOT / name for name in sys.argv[1:]] or pages():
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             try:

@@ -6,16 +6,19 @@ import types
 
 import pytest
 import torch
+from markupsafe import escape
 from safetensors.torch import load_file, save_file
 
 import models
 import profile_cases as cases
 from sparing.cli import main
-from sparing.evaluate.checkup import NAMES, Subject, checkup, running
+from sparing.evaluate.checkup import MEANINGS, NAMES, Subject, checkup, running
 from sparing.evaluate.checkup import timing as timing_of
+from sparing.evaluate.checkup.subjects import subjects_for
 from sparing.plan import LayerPlan, Policy
-from sparing.policies import SkipModules
+from sparing.policies import DropTokens, SkipModules
 from sparing.study.check_report import render_check
+from sparing.tokens import Group
 
 VISION = ["EnterLate", "ViCA", "FastV", "PyramidDrop"]
 
@@ -24,6 +27,7 @@ VISION = ["EnterLate", "ViCA", "FastV", "PyramidDrop"]
 def short_timing(monkeypatch):
     """Timing is the slow part on tiny models, and what it finds is the machine's."""
     monkeypatch.setattr(timing_of, "SLOW", 0.0)
+    monkeypatch.setattr(timing_of, "BATCHES", (1,))
     real = running.check_costs
     monkeypatch.setattr(running, "check_costs", lambda probe, subject, **_: real(probe, subject, seconds=0.0, steps=2))
 
@@ -174,6 +178,47 @@ def test_slow_is_a_warning(monkeypatch):
     assert "slower than stock on this machine" in speed.cure
 
 
+def test_costs_are_measured_at_every_setting_and_two_batch_sizes(monkeypatch):
+    monkeypatch.setattr(timing_of, "BATCHES", (1, 4))
+    found = checkup(models.llava(), None, policies=["DropTokens"])
+    for name in found.settings:
+        numbers = found.of(name)[-1].numbers
+        assert [(run["policy"], run["batch"]) for run in numbers["runs"]] == [
+            (made, batch) for batch in (1, 4) for made in found.settings[name]
+        ]
+        assert all(run["prefill"] > 0 and run["decode"] > 0 and run["kv"] < 1 for run in numbers["runs"])
+        one, four = (run for run in numbers["runs"] if run["policy"] == found.settings[name][0])
+        # The same rows four times: the same shares, other bytes.
+        assert one["kv"] == pytest.approx(four["kv"])
+        assert four["kv_bytes"] == 4 * one["kv_bytes"]
+        assert 0.05 < numbers["peak"] < 3
+    # Four pictures are timed, of which the compared rows have two at most.
+    assert found.inputs["timed"] > max(found.inputs["lengths"])
+
+
+def test_peak_memory_is_less_where_every_picture_token_goes():
+    subjects = [
+        Subject("all", [lambda: DropTokens(groups=[Group.IMAGE], keep=0)]),
+        Subject("none", [lambda: SkipModules([0], [])]),
+    ]
+    found = checkup(models.llava(), None, quick=True, subjects=subjects)
+    peak = {name: found.of(name)[-1].numbers["peak"] for name in found.settings}
+    assert peak["all"] < peak["none"]
+
+
+@pytest.mark.parametrize("build", [cases.model, models.llava])
+def test_the_code_of_every_policy_is_its_first_setting_and_runs(build):
+    model = build()
+    pictures = build is not cases.model
+    inputs = models.llava_batch("left") if pictures else {"input_ids": torch.tensor([[3, 4, 5, 6]])}
+    inputs = {name: value for name, value in inputs.items() if name != "position_ids"}
+    for subject in subjects_for(model, pictures=pictures):
+        space = {"model": model, "inputs": {**inputs, "max_new_tokens": 1, "pad_token_id": 0}}
+        exec(subject.code, space)  # what the page shows
+        assert [repr(part) for part in space["run"].policy.parts()] == [repr(subject.make[0]())]
+        assert len(space["out"][0]) == inputs["input_ids"].shape[1] + 1
+
+
 def test_the_model_is_left_as_it_was():
     model = cases.model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -199,6 +244,9 @@ def test_the_command_writes_a_record_and_a_page(checkpoint, tmp_path, capsys):
     assert "http://" not in page
     assert "https://" not in page
     assert "<script" not in page
+    assert "with sparing.apply(model, SkipModules([" in page
+    assert "Train its router first" in page
+    assert all(f"<dt>{f['name']}</dt><dd>{escape(MEANINGS[f['name']])}" in page for f in run["figures"]["findings"])
     # The record alone is enough for the page.
     assert "sparing check" in render_check(run["figures"], run)
 

@@ -22,6 +22,7 @@ SOME = "DropTokens,FastV"
 def short_timing(monkeypatch):
     """Timing is the slow part on tiny models, and what it finds is the machine's."""
     monkeypatch.setattr(timing_of, "SLOW", 0.0)
+    monkeypatch.setattr(timing_of, "BATCHES", (4,))
     real = running.check_costs
     monkeypatch.setattr(running, "check_costs", lambda probe, subject, **_: real(probe, subject, seconds=0.0, steps=2))
 
@@ -170,3 +171,19 @@ def test_logits_that_are_no_numbers_name_the_layer(tmp_path):
     assert code == 1
     (line,) = [line for subject, name, line in wrong(figures) if (subject, name) == ("the model", "loads")]
     assert "layer 1" in line
+
+
+def test_a_processor_that_breaks_is_a_finding(tmp_path):
+    """The other checks go on, without pictures."""
+    model, processor = family("qwen3_vl")
+    saved(tmp_path / "model", model, processor)
+    file = tmp_path / "model" / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["image_processor"]["image_mean"] = [0.5]
+    file.write_text(json.dumps(settings))
+    code, figures = check(tmp_path / "model", tmp_path / "out", "--policies", "FastV")
+    assert code == 1
+    ((subject, name, line),) = wrong(figures)
+    assert (subject, name) == ("the model", "pictures")
+    assert line.startswith("The processor makes no pictures that the model reads: ValueError: mean must have 3 elements")
+    assert figures["policies"]["FastV"]["verdict"] == "not applicable"

@@ -3,16 +3,18 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from PIL import Image, ImageDraw
 
-import models
 import processors as cases
 from sparing.cli import main
 from sparing.evaluate import SUITES, LmmsTask, NotApplicable, Subject, task_class
 from sparing.evaluate.tasks.lmms_answers import generation_settings, turns_of_messages, turns_of_visuals
+from sparing.evaluate.tasks.lmms_results import outcome_of
 from sparing.evaluate.tasks.metering import Meter
 from sparing.evaluate.tasks.picture_answers import PictureAnswers
 from sparing.policies import FastV, SkipModules
@@ -144,8 +146,8 @@ def test_settings_of_generation():
 
 def test_what_a_model_cannot_be_asked():
     model, processor = cases.family("llava")
-    text_model = models.llama()
     words = cases.tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    text_model = cases.build(transformers.LlamaForCausalLM, transformers.LlamaConfig(**cases.text_config(words)))
     (seen, *_) = conversations()
     with Subject(text_model, words).applied() as run:
         blind = answering(Subject(text_model, words), run)
@@ -221,6 +223,52 @@ def test_names_and_files(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     assert LmmsTask("mine", include=tmp_path).files() == (tmp_path / "data/p.parquet", tmp_path / "mine.yaml")
+
+
+def counted(values):
+    """Right pairs less wrong ones: a figure of lists, as MME's and POPE's are."""
+    return float(sum(1 if gold == pred else -1 for gold, pred in values))
+
+
+def judged(values, args):
+    """One that writes a file."""
+    raise AssertionError("asked again")
+
+
+def test_figures_that_are_no_means(monkeypatch):
+    """Their interval is lmms-eval's own aggregation, resampled; never of one that writes files or asks a judge."""
+    monkeypatch.setattr("sparing.evaluate.tasks.lmms_results.version", lambda name: "0")
+    metrics = {"net": counted, "judged": judged, "submission": judged, "share": None, "other": counted}
+    task = SimpleNamespace(aggregation=lambda: metrics, higher_is_better=lambda: dict.fromkeys(metrics, True))
+    rows = [
+        {
+            "doc_id": i,
+            "target": "a",
+            "filtered_resps": ["b"],
+            "net": ("a", "a" if i % 3 else "b"),
+            "judged": {},
+            "submission": {},
+        }
+        | {"share": i % 2 == 0}
+        for i in range(30)
+    ]
+    results = {"net,none": 10.0, "judged,none": 61.5, "submission,none": None, "share,none": 0.5}
+    found = {"samples": {"mine": rows}, "results": {"mine": results}}
+    model, processor = cases.family("llava")
+    with Subject(model, processor).applied() as run:
+        outcome = outcome_of(found, {"mine": task}, None, "mine", {}, Meter(run, model), 0)
+        first = outcome_of(found, {"mine": task}, "share", "mine", {}, Meter(run, model), 0)
+    assert list(outcome.figures)[:3] == ["net", "judged", "share"]
+    net, asked, share = (outcome.figures[name] for name in ("net", "judged", "share"))
+    assert net.value == 10
+    assert -10 < net.low < 10 < net.high < 30
+    assert (asked.value, asked.low, asked.n) == (61.5, None, 30)
+    assert share.value == 0.5
+    assert share.low > 0.3
+    assert outcome.items == {"share": {str(i): float(i % 2 == 0) for i in range(30)}}
+    assert first.main == "share"
+    assert outcome.details["answers"][0] == {"item": "mine/0", "gold": "a", "answer": "['b']"}
+    assert len(outcome.details["answers"]) == 20
 
 
 # The whole way ----------------------------------------------------------------------------------------------------------
@@ -311,7 +359,7 @@ def test_lmms_eval_asks_a_model_under_policies(python, folder):
     assert outcome.figures["output_tokens"].value <= 6
     assert outcome.figures["flops_share"].value < 1
     assert 0 < outcome.figures["seconds_per_solved"].value < 60
-    assert [shown["answer"] for shown in outcome.details["answers"]] == [str([text.strip()]) for text in own]
+    assert [shown["answer"] for shown in outcome.details["answers"]] == [str([text]) for text in own]
     assert told == sorted(told)
     assert max(told) > 0.9
 

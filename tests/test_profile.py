@@ -28,8 +28,8 @@ from sparing.evaluate.removal import PrefillFlops
 from sparing.evaluate.search import Search
 from sparing.policies import SkipModules
 from sparing.study import render
-from sparing.study.charts import intensity, nats, pareto
-from sparing.study.report import plan_in_words, write_report
+from sparing.study.pages.profile_charts import intensity, nats, pareto
+from sparing.study.pages.profile_page import plan_in_words, write_report
 
 
 @pytest.fixture(scope="module")

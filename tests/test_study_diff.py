@@ -106,7 +106,8 @@ def test_every_kind_of_difference_is_told(two):
 def test_a_folder_and_itself(two):
     found = compare_results(*[read_results(two[0])] * 2)
     assert {change.verdict for change in found.changes} == {"same"}
-    assert not (found.worse or found.only_first or found.only_second or found.statuses or found.environments)
+    assert found.worse == 0
+    assert not any((found.only_first, found.only_second, found.statuses, found.environments))
 
 
 def test_a_figure_that_stops_being_a_number_got_worse(tmp_path):
@@ -192,7 +193,7 @@ def test_an_interrupted_export_leaves_the_old_file(tmp_path, monkeypatch):
 def test_report_and_export_write_beside_the_results(app, two, capsys):
     assert run(app, "report", two[0]) == 0
     page = (two[0] / "report.html").read_text()
-    assert "m · gone · stories" in page
+    assert "gone" in page
     assert run(app, "export", two[0], "--format", "parquet", "--items") == 0
     assert sorted(p.name for p in (two[0] / "export").iterdir()) == ["figures.parquet", "items.parquet"]
     said = capsys.readouterr().out
@@ -220,7 +221,7 @@ def test_diff_tells_and_fails_only_where_asked(app, two, capsys, tmp_path):
         (("report", "first", "--out", "no/where.html"), "make it, or name another"),
         (("diff", "first", "empty"), "does not exist"),
         (("diff", "first", "second", "--json", "no/diff.json"), "make it, or name another"),
-        (("export", "first", "--out", "file"), "name a folder"),
+        (("export", "first", "--out", "file"), "'file' is a file"),
         (("export", "first", "--format", "xlsx"), "csv"),
     ],
 )

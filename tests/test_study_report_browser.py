@@ -42,7 +42,9 @@ def page(browser, report, request):
     wrong: list[str] = []
     opened.on("console", lambda message: wrong.append(message.text))
     opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("request", lambda asked: wrong.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None)
+    opened.on(
+        "request", lambda asked: wrong.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None
+    )
     opened.goto(report.as_uri())
     yield opened
     assert wrong == []
@@ -83,8 +85,16 @@ def test_a_click_on_a_value_shows_all_that_is_known_of_its_cells(page):
     dialog.locator("summary", has_text="traceback").click()
     assert "RuntimeError" in dialog.locator("pre").first.inner_text()
     dialog.locator("summary", has_text="seed 0").click()
+    # Built when it is opened.
+    dialog.locator("h3", has_text="accuracy of 60 items").wait_for()
     said = dialog.inner_text()
-    for part in ("95% interval", "accuracy of 60 items", "method.with.budget", "attention: 1, 3", "seconds of the task"):
+    for part in (
+        "95% interval",
+        "accuracy of 60 items",
+        "method.with.budget",
+        "attention: 1, 3",
+        "seconds of the task",
+    ):
         assert part in said
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
@@ -149,7 +159,10 @@ def test_print_shows_the_tables_and_no_buttons(page):
 
 
 def test_the_warning_of_a_shrunk_run_stays_in_sight(browser, tmp_path):
-    rows = [(cases.cell("m", cases.variant(f"a{i}"), cases.variant("stories"), shrink=True), cases.loss([1.0, 2.0])) for i in range(40)]
+    rows = [
+        (cases.cell("m", cases.variant(f"a{i}"), cases.variant("stories"), shrink=True), cases.loss([1.0, 2.0]))
+        for i in range(40)
+    ]
     write_study_report(read_results(cases.stored(tmp_path, rows, shrink=True)), tmp_path / "report.html")
     opened = browser.new_page()
     opened.goto((tmp_path / "report.html").as_uri())

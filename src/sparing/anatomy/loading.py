@@ -14,8 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-from transformers.utils import is_torchvision_available
 from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_torchvision_available
 
 from sparing.anatomy.pictures_only import load_pictures_only
 from sparing.anatomy.registry import anatomy_of, known_families

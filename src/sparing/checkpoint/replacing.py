@@ -80,7 +80,12 @@ def _discard(folder: Path) -> None:
     if folder.exists():
         trash = folder.with_name(f"{folder.name.removesuffix('old')}trash-{uuid.uuid4().hex[:8]}")
         os.rename(folder, trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        try:
+            shutil.rmtree(trash, ignore_errors=True)
+        except BaseException:
+            # Ctrl-C in the middle of it: there is nothing in it to keep.
+            shutil.rmtree(trash, ignore_errors=True)
+            raise
 
 
 def _begin(target: Path) -> tuple[Path, int | None]:

@@ -10,8 +10,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from sparing.study.charts import bars, intensity, nats, speeds
-from sparing.study.report import MODULE_NAMES, PARTS, plan_in_words
+from sparing.study.pages.profile_charts import bars, intensity, nats, speeds
+from sparing.study.pages.profile_page import MODULE_NAMES, PARTS, plan_in_words
 
 COLD, HOT, COOL = (62, 64, 70), (214, 84, 30), (24, 132, 152)
 LEVELS = "▁▂▃▄▅▆▇█"

@@ -38,11 +38,11 @@ def report(
     from sparing.study.results import read_results
 
     path = folder / "report.html" if out is None else out
-    if not path.parent.is_dir():
-        raise ValueError(f"--out {path}: the folder {path.parent} does not exist; make it, or name another")
     results = read_results(folder)
     if not results.cells:
         raise ValueError(f"{folder} has no results yet: run the study first")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {path}: the folder {path.parent} does not exist; make it, or name another")
     write_study_report(results, path)
     console = Console()
     if results.shrunk:
@@ -104,8 +104,6 @@ def export(
     from sparing.study.results import read_results
 
     out = folder / "export" if out is None else out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: name a folder")
     for path in write(read_results(folder, items=items), out, format=format, items=items):
         Console().print(str(path), soft_wrap=True, highlight=False, markup=False)
 

@@ -2,7 +2,7 @@
 
 from sparing.study.cells import Cell, cells_of
 from sparing.study.methods import Method, Prepared, known_methods
-from sparing.study.report import render, write_report
+from sparing.study.pages.profile_page import render, write_report
 from sparing.study.spec import StudySpec, read_study
 from sparing.study.store import Result, Store, Stored
 from sparing.study.study import Study

@@ -70,7 +70,10 @@ def _row(name: str, entry: Mapping[str, Any], findings: Sequence[Mapping[str, An
     speed = by_name.get("speed and memory", {}).get("numbers") or None
     known = [by_name.get(column) for column, _ in COLUMNS]
     others = [finding for finding in findings if finding["name"] not in dict(COLUMNS)]
-    return {"name": name, **entry, "cells": known, "others": others, "speed": speed}
+    runs: dict[str, list[Any]] = {}
+    for run in (speed or {}).get("runs", []):
+        runs.setdefault(run["policy"], []).append(run)
+    return {"name": name, **entry, "runs": runs, "cells": known, "others": others, "speed": speed}
 
 
 def _speed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

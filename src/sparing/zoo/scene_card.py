@@ -228,7 +228,7 @@ def _sizes(config: Mapping[str, Any]) -> str:
 
 
 def _stage_row(stage: Stage) -> str:
-    packed = stage.questions if stage.goal in ("words", "pictures") else "–"
+    packed = stage.questions if stage.goal in ("words", "pictures", "tuning") else "–"
     return f"| {stage.goal} | {stage.steps:,} | {stage.rows} | {packed} | {stage.lr:g} |"
 
 

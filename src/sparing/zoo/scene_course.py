@@ -89,20 +89,22 @@ class SceneStudent(nn.Module):
             "words": self._answer_loss,
             "align": self._alignment_loss,
             "pictures": self._answer_loss,
+            "tuning": self._answer_loss,
         }
         return {"loss": losses[batch.goal](batch)}
 
     def patch_logits(self, pixel_values: Tensor) -> list[Float[Tensor, "b p classes"]]:
         """What the probe says of each patch: colour, kind, row and column."""
-        seen = self.model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
-        return list(self.probe(seen).split(CLASSES, -1))
+        return list(self.probe(self.seen(pixel_values)).split(CLASSES, -1))
 
     def answer_logits(self, batch: SceneBatch) -> tuple[Float[Tensor, "n v"], Int[Tensor, " n"]]:
         """The logits where an answer or its end is predicted, with the right tokens."""
         inner = self.model.model
         embed = inner.get_input_embeddings()
-        told = batch.goal == "words"
-        cells = self.summed(batch.cell_words) if told else self.projected(batch.pixel_values)
+        if batch.goal == "words":
+            cells = self.summed(batch.cell_words)
+        else:
+            cells = self.projected(batch.pixel_values, frozen=batch.goal == "tuning")
         bos = embed(torch.full_like(batch.cells[:, :1], self.model.config.text_config.bos_token_id))
         given = torch.cat([bos, cells.to(bos.dtype), embed(batch.input_ids)], 1)
         positions, sees = positions_and_mask(batch.cells, batch.segments, batch.truth.shape[1])
@@ -116,10 +118,15 @@ class SceneStudent(nn.Module):
         """A patch told in words: the sum of the input embeddings of its row, column, colour and kind."""
         return self.model.model.get_input_embeddings()(words).sum(-2)
 
-    def projected(self, pixel_values: Tensor) -> Float[Tensor, "b p d"]:
-        """A patch seen: what the projector makes of the encoder's last layer."""
-        features = self.model.model.get_image_features(pixel_values).pooler_output
-        return torch.stack(list(features))
+    def seen(self, pixel_values: Tensor) -> Float[Tensor, "b p e"]:
+        """The encoder's last layer, without the class token: what the model's configuration selects."""
+        return self.model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
+
+    def projected(self, pixel_values: Tensor, *, frozen: bool = False) -> Float[Tensor, "b p d"]:
+        """A patch seen: what the projector makes of the encoder's last layer; `frozen`: no gradient for the encoder."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            seen = self.seen(pixel_values)
+        return self.model.model.multi_modal_projector(seen)
 
     def _patch_loss(self, batch: SceneBatch) -> Tensor:
         kind = batch.truth[..., 1]
@@ -135,7 +142,7 @@ class SceneStudent(nn.Module):
         model = self.model.model
         with torch.no_grad():
             wanted = self.summed(batch.cell_words).float()
-            seen = model.vision_tower(batch.pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
+            seen = self.seen(batch.pixel_values)
         kind = batch.truth[..., 1]
         weight = torch.where(kind > 0, (kind == 0).sum() / (kind > 0).sum().clamp(min=1), 1.0)
         off = (model.multi_modal_projector(seen).float() - wanted).square().sum(-1)
@@ -180,7 +187,7 @@ class SceneCourse(Course):
     def watch(self, step: int) -> dict[str, float]:
         """As in `Course`: accuracy by task, in the form that the stage trains on, every so many steps."""
         stage, _ = self.recipe.stage_of(step - 1)
-        if step % self.recipe.watch_every or stage.goal not in ("words", "pictures"):
+        if step % self.recipe.watch_every or stage.goal not in ("words", "pictures", "tuning"):
             return {}
         batch, tasks = validation_batch("validation", self.recipe.watched, self.processor.tokenizer, stage)
         with torch.autocast(self.model.device.type, torch.bfloat16):

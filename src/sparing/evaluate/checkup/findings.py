@@ -123,9 +123,8 @@ class Checkup:
         if any(finding.name == "under dense" for finding in self.of(subject)):
             return "Use it to learn what the model needs; it makes nothing faster."
         if verdict == "slow":
-            return (
-                f"{train}Correct, but no gain in speed everywhere: try it where prompts are longer or memory is short."
-            )
+            cures = [finding.cure for finding in self.of(subject) if finding.verdict == "slow"]
+            return f"{train}Right, but {cures[0]}."
         return f"{train}Use it, and measure what the answers lose on your own tasks."
 
     def as_dict(self) -> dict[str, Any]:

@@ -60,10 +60,11 @@ def check_costs(probe: Probe, subject: Subject, *, seconds: float, steps: int) -
         f"{said[:1].upper()}{said[1:]}{full}. Keys and values take {first['kv']:.0%} of the bytes, "
         f"the peak beyond the weights is {numbers['peak']:.0%} of stock's at batch {ours[-1]['batch']}."
     )
-    slow = [f"{phase} at batch {run['batch']}" for run in ours for phase in PHASES if run[phase] < SLOW]
-    if slow:
+    slow = {phase: [str(run["batch"]) for run in ours if run[phase] < SLOW] for phase in PHASES}
+    if any(slow.values()):
+        where = " and ".join(f"{phase} at batch {' and '.join(rows)}" for phase, rows in slow.items() if rows)
         cure = (
-            f"{', '.join(slow)} slower than stock on this machine: use it where memory or longer prompts pay, "
+            f"{where} slower than stock on this machine: use it where memory or longer prompts pay, "
             "or time it on a larger model and batch"
         )
         return Finding("speed and memory", "slow", sentence, numbers, cure)

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 # Not where the rest of sparing is used: only lmms-eval's own environment has it.
 from lmms_eval import evaluator  # pyright: ignore[reportMissingImports]
+from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMissingImports]
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from lmms_eval.tasks import TaskManager, get_task_dict  # pyright: ignore[reportMissingImports]
 
@@ -79,7 +81,7 @@ class SparingLmms(_Base):
                 self.written.setdefault((task, doc), []).append(written)
         return texts
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Mean loss of each continuation's tokens: lmms-eval takes the choice with the least, as its own models give it."""
         asked = []
         for request in requests:
@@ -87,7 +89,8 @@ class SparingLmms(_Base):
             if callable(target):
                 target = target(self.task_dict[request.args[-2]][request.args[-1]][request.args[-3]])
             asked.append((self._turns(request.args), str(target)))
-        return [(-total / tokens, greedy) for total, greedy, tokens in self.answers.score(asked)]
+        # Wrapped: of what is neither text nor this, lmms-eval 0.7.3 makes a text, and then finds no numbers in it.
+        return [GenerationResult((-total / tokens, greedy)) for total, greedy, tokens in self.answers.score(asked)]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refuse.
@@ -174,6 +177,15 @@ def _tasks(name: str, manager: Any, *, chat: bool) -> dict[str, Any]:
     return flat(get_task_dict([name], manager, "chat" if chat else "simple"))
 
 
+def _told(error: Exception) -> str:
+    """One line on what went wrong; lmms-eval tries a document several times, and then only says that it did."""
+    attempt = getattr(error, "last_attempt", None)
+    if attempt is not None and isinstance(attempt.exception(), Exception):
+        error = attempt.exception()
+    line = (str(error).splitlines() or [""])[0]
+    return line if type(error) is ValueError else f"lmms-eval broke off: {type(error).__name__}: {line}"
+
+
 def main(path: str) -> None:
     """Do what a request says."""
     request = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -189,8 +201,10 @@ def main(path: str) -> None:
         found: dict[str, Any] = dataclasses.asdict(measured(request, on_step))
     except NotApplicable as reason:
         found = {"not_applicable": str(reason)}
-    except ValueError as error:
-        found = {"error": str(error)}
+    except Exception as error:
+        # Here and not there: what ends the process may print bars after its traceback.
+        traceback.print_exc()
+        found = {"error": _told(error)}
     Path(request["found"]).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from sparing.study.fronts import fronts_of
 from sparing.study.pages import numbers, scatter
 from sparing.study.pages.document import page_environment, write_page
 from sparing.study.pages.drill_down import cells_data, strict
-from sparing.study.results import Results
+from sparing.study.results import Arm, Results
 from sparing.study.store import Stored
 from sparing.study.tables import Column, Entry, Table, tables_of
 
@@ -203,6 +203,9 @@ def _entry(entry: Entry, column: Column, where: str, links: _Links, results: Res
 
 def _fronts(results: Results, links: _Links) -> list[dict[str, Any]]:
     found = []
+    of_arm: dict[tuple[Arm, str], list[Stored]] = {}
+    for cell in results.cells:
+        of_arm.setdefault((results.arms[cell.key], cell.model), []).append(cell)
     for front in fronts_of(results):
         styles = scatter.styles_of([point for chart in front.charts for point in chart.points])
         charts = []
@@ -210,12 +213,7 @@ def _fronts(results: Results, links: _Links) -> list[dict[str, Any]]:
             drawn = scatter.geometry(front, chart, styles)
             for place in drawn["points"]:
                 arm = place["point"].arm
-                cells = [
-                    cell
-                    for cell in results.cells
-                    if (results.arms[cell.key], cell.model) == (arm, front.model)
-                    and cell.task in (front.task, chart.axis.task)
-                ]
+                cells = [cell for cell in of_arm[arm, front.model] if cell.task in (front.task, chart.axis.task)]
                 title = f"{front.model} · {arm.label} · {front.task}"
                 place["link"] = links.place(cells, title, front.figure, place["said"])
             charts.append({"chart": chart, "name": scatter.axis_words(chart), "drawn": drawn})
@@ -275,7 +273,9 @@ def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         if isinstance(inner, Mapping):
             found |= _flat(inner, f"{before}{name}.")
         else:
-            found[f"{before}{name}"] = ", ".join(map(str, inner)) or "none" if isinstance(inner, (list, tuple)) else inner
+            found[f"{before}{name}"] = (
+                ", ".join(map(str, inner)) or "none" if isinstance(inner, (list, tuple)) else inner
+            )
     return found
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparing.study import charts
-from sparing.study.pages import page_environment, write_page
+from sparing.study.pages import profile_charts as charts
+from sparing.study.pages.document import page_environment, write_page
 
 PARTS = {
     "attention_projections": ("attention: Q and O", "a"),
