@@ -185,5 +185,7 @@ def test_a_processor_that_breaks_is_a_finding(tmp_path):
     assert code == 1
     ((subject, name, line),) = wrong(figures)
     assert (subject, name) == ("the model", "pictures")
-    assert line.startswith("The processor makes no pictures that the model reads: ValueError: mean must have 3 elements")
+    assert line.startswith(
+        "The processor makes no pictures that the model reads: ValueError: mean must have 3 elements"
+    )
     assert figures["policies"]["FastV"]["verdict"] == "not applicable"

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image, ImageDraw
+from tokenizers.processors import TemplateProcessing
 
 import processors as cases
 from sparing.cli import main
@@ -142,6 +143,22 @@ def test_settings_of_generation():
     assert drawn == {"max_new_tokens": 5, "stop": ("\n",), "sampling": sampling}
     with pytest.raises(NotApplicable, match="num_beams=4"):
         generation_settings({"num_beams": 4})
+
+
+def test_one_begin_token_whether_the_template_or_the_tokenizer_writes_it():
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    costs = []
+    for begin in ("", "<s>"):
+        words = cases.tokenizer(template=begin + template)
+        words.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        assert words("a").input_ids[0] == words.bos_token_id == 1
+        model = cases.build(transformers.LlamaForCausalLM, transformers.LlamaConfig(**cases.text_config(words)))
+        subject = Subject(model, words)
+        with subject.applied() as run:
+            answers = answering(subject, run)
+            ((text, _),) = answers.write([lambda: turns_of_visuals([], "Why?")], max_new_tokens=6)
+            costs.append((text, answers.meter.flops["prefill"]))
+    assert costs[0] == costs[1]
 
 
 def test_what_a_model_cannot_be_asked():

@@ -85,7 +85,8 @@ def test_killed_run_resumes_bit_for_bit_across_stages(recipe, whole_run, tmp_pat
 def test_every_stage_trains_its_part_and_nothing_else(recipe, course):
     parts = {"patches": {"vision_tower", "probe"}, "words": {"language_model", "lm_head"},
              "align": {"multi_modal_projector"},
-             "pictures": {"vision_tower", "multi_modal_projector", "language_model", "lm_head"}}  # fmt: skip
+             "pictures": {"vision_tower", "multi_modal_projector", "language_model", "lm_head"},
+             "tuning": {"multi_modal_projector", "language_model", "lm_head"}}  # fmt: skip
     seen = set()
     for index in range(recipe.total_steps):
         stage, within = recipe.stage_of(index)

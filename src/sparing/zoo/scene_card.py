@@ -170,7 +170,7 @@ A scene in words: `{example.tell()}`
 
 - Generated scenes (`sparing.worlds.scenes`), nothing else. A scene belongs to a split by a hash of what it shows: 90%
   train, 5% validation, 5% test. The `blind` questions are {len(scenes.FACTS)} facts, the same in every split.
-- Four stages; the model is the Hugging Face class throughout:
+- In stages; the model is the Hugging Face class throughout:
 
 | stage | steps | scenes a step | questions a scene | peak learning rate |
 | --- | --- | --- | --- | --- |
@@ -180,7 +180,9 @@ A scene in words: `{example.tell()}`
 - *words*: the language model alone. A patch is told as one token, the sum of the input embeddings of its four words
   (`r3`, `c4`, `red`, `circle`); patches with objects and some bare ones are told, each at its own position.
 - *align*: the projector alone learns to give these sums, by squared error.
-- *pictures*: everything, from pixels to answers; all patches, no sums.
+- *pictures*: everything, from pixels to answers; all patches, no sums. The rate was too high: it blurred the encoder,
+  which the next stages mend.
+- *tuning*: projector and language model from pixels to answers, the encoder frozen as in LLaVA.
 - Questions packed into a row do not see each other (in {recipe.stages[-1].turns:.0%} of the last stage's batches they do, as turns of
   one chat); only answers have a loss. Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
 - AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; bf16 autocast over fp32
@@ -203,7 +205,8 @@ Someone who reads one letter of a spelled word and guesses the rest is right in 
 the model's interval is {low:.1%} to {high:.1%}.
 
 What visual tokens say: how often the input embedding with the largest cosine, among the words of one part, is the right
-one ({max(1, per_task // 2)} test pictures). The align stage made it so at first; the last stage was free to undo it.
+one ({max(1, per_task // 2)} test pictures). The align stages made it so; the last
+stage was free to undo it.
 
 | part | patches with an object | bare patches |
 | --- | --- | --- |

@@ -98,7 +98,7 @@ class PictureAnswers:
                     **(sampling or {}),
                 )
                 for i, answer in zip(members, written, strict=True):
-                    found[len(part) - 1 - i] = (self._text(answer, stop), answer)
+                    found[i] = (self._text(answer, stop), answer)
             return found
 
         return self._in_batches(asked, work)
