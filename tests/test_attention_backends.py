@@ -263,7 +263,7 @@ def test_registered_masks_of_unknown_form_are_refused(register):
 
 def test_registered_attention_is_refused_by_gathered(register):
     """It would silently be replaced by sdpa; under another name sdpa itself is welcome."""
-    with pytest.raises(ValueError, match='cannot know what the registered \'mine\' computes: use execute="dense"'):
+    with pytest.raises(ValueError, match="cannot know what the registered 'mine' computes: use execute=\"dense\""):
         sparing.apply(under(llama(), register(custom, sdpa_mask)))
     model = under(llama(), register(sdpa_attention_forward, sdpa_mask))
     for execute in EXECUTORS:

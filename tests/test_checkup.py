@@ -17,7 +17,7 @@ from sparing.evaluate.checkup import timing as timing_of
 from sparing.evaluate.checkup.subjects import subjects_for
 from sparing.plan import LayerPlan, Policy
 from sparing.policies import DropTokens, SkipModules
-from sparing.study.check_report import render_check
+from sparing.study.pages.check_page import render_check
 from sparing.tokens import Group
 
 VISION = ["EnterLate", "ViCA", "FastV", "PyramidDrop"]

@@ -19,8 +19,12 @@ from study_cases import written
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from study import figures, killed
 
-# Ray 2.50 announces on every start what it will do one day.
-pytestmark = pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning")
+pytestmark = [
+    # Ray 2.50 announces on every start what it will do one day, and leaves its own processes to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 SPARING = [sys.executable, "-c", "import sys; from sparing.cli import main; sys.exit(main())"]
 

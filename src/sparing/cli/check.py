@@ -46,7 +46,7 @@ def check(
     from sparing.cli.profile import check_out
     from sparing.cli.record import RunRecord
     from sparing.evaluate.checkup import NAMES
-    from sparing.study.check_report import write_check
+    from sparing.study.pages.check_page import write_check
 
     check_out(out)
     names = [name for given in policies or () for name in given.replace(",", " ").split()]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sparing.cli.options import Device
+from sparing.cli.study_reading import diff, export, report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -120,12 +121,18 @@ def status(folder: Folder) -> None:
         console.print(f"left: {_left(job, pending)}; go on with: sparing study resume {folder}", soft_wrap=True)
 
 
+for command in (report, diff, export):
+    study.command()(command)
+
+
 def _run(job: Study, *, on: Literal["local", "ray"], again: bool, address: str | None) -> None:
     from rich.console import Console
     from transformers.utils import logging
 
     from sparing.cli.profile import check_out
     from sparing.cli.record import RunRecord
+    from sparing.study.pages import write_study_report
+    from sparing.study.results import read_results
 
     logging.disable_progress_bar()
     check_out(job.out)
@@ -144,11 +151,13 @@ def _run(job: Study, *, on: Literal["local", "ray"], again: bool, address: str |
             statuses = job.run(on=on, again=again, address=address, watcher=_Bars(console, total, len(pending)))
         finally:
             record.figures = {"cells": total, **_counts(job)}
-        found = job.results()
-        _print_failures(found, console)
+        _print_failures(job.results(), console)
+        write_study_report(read_results(job.out), job.out / "report.html")
     counts = Counter(statuses.values())
     said = ", ".join(f"{counts[s]} {s}" for s in ("done", "failed", "not applicable") if counts[s])
-    console.print(f"{said or 'nothing to run'}: {job.out}", style="bold", soft_wrap=True, highlight=False)
+    console.print(
+        f"{said or 'nothing to run'}: {job.out / 'report.html'}", style="bold", soft_wrap=True, highlight=False
+    )
     if counts["failed"]:
         raise typer.Exit(1)
 

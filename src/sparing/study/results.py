@@ -135,7 +135,7 @@ def _arm_label(cell: Stored, label: str | None) -> str:
 
 def _is_control(cell: Stored, controls: Sequence[str] | None) -> bool:
     """By the study's own word, else by the method's class: plans at random are what choosing must beat."""
-    if controls is not None:
-        return cell.method in controls
+    if cell.method in (controls or ()):
+        return True
     cls = known_methods().get(cell.content.get("method", {}).get("use"))
     return cls is not None and (getattr(cls, "control", False) or issubclass(cls, RandomSkip))

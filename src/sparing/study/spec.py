@@ -52,6 +52,7 @@ class Entry(_Strict):
         models: the models that it is for; all by default.
         tasks: the tasks that a method is measured on; all by default.
         training: the trainings that a method gets; all by default, `none` among them.
+        control: a method that the others must beat; random skipping is one unasked.
     """
 
     use: str
@@ -60,6 +61,7 @@ class Entry(_Strict):
     models: list[str] | None = None
     tasks: list[str] | None = None
     training: list[str] | None = None
+    control: bool = False
 
 
 class Question(_Strict):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from sparing.evaluate.task import Figure, Outcome
 from sparing.study.cells import Cell
+from sparing.study.spec import Variant
 
 # "spar": so that no other program's database is taken for ours.
 APPLICATION = 0x73706172
@@ -162,9 +163,9 @@ class Store:
         place = hashlib.sha256(environment.encode()).hexdigest()[:16]
         content = {
             "checkpoint": cell.checkpoint.model_dump(),
-            "method": {"use": cell.method.use, "with": cell.method.settings},
-            "training": None if cell.training is None else {"use": cell.training.use, "with": cell.training.settings},
-            "task": {"use": cell.task.use, "with": cell.task.settings},
+            "method": _described(cell.method),
+            "training": None if cell.training is None else _described(cell.training),
+            "task": _described(cell.task),
             "shrink": cell.shrink,
         }
         outcome = result.outcome
@@ -241,6 +242,10 @@ class Store:
             keys: which ones; those that have not been run are left out.
             items: with the scores of single items.
         """
+        with self._told(), self._transaction("DEFERRED"):
+            return self._cells(keys, items=items)
+
+    def _cells(self, keys: Sequence[str] | None, *, items: bool) -> list[Stored]:
         environments = {place: json.loads(text) for place, text in self._rows("SELECT id, content FROM environments")}
         figures: dict[str, dict[str, Figure]] = {}
         for cell, name, value, low, high, n, better, unit in self._rows(
@@ -281,8 +286,8 @@ class Store:
             return self._base.execute(query).fetchall()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._base.execute("BEGIN IMMEDIATE")
+    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
+        self._base.execute(f"BEGIN {kind}")
         try:
             yield
         except BaseException:
@@ -308,6 +313,14 @@ class Store:
             else:
                 why = f"cannot be used ({said})"
             raise ValueError(f"{self.path} {why}") from error
+
+
+def _described(variant: Variant) -> dict[str, Any]:
+    """A variant with its settings as they were in force: `--shrink` makes some smaller than they were written."""
+    return {
+        "use": variant.use,
+        "with": {name: getattr(variant.does, name, written) for name, written in variant.settings.items()},
+    }
 
 
 def _number(value: float | None) -> float:

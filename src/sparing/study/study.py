@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from filelock import FileLock, Timeout
 
+from sparing.evaluate.environment import environment as surroundings
 from sparing.evaluate.task import Progress
 from sparing.study.bench import Bench
 from sparing.study.cells import Cell, cells_of
@@ -112,7 +113,7 @@ class Study:
             raise ValueError(f"{source} is a file: name the folder of the results too")
         self.out, self.shrink, self.paths, self.device = Path(out), shrink, dict(paths or {}), torch.device(device)
         self.spec: StudySpec = read_study(source, paths=self.paths, shrink=shrink)
-        self.environment = dict(environment or {})
+        self.environment = dict(surroundings() if environment is None else environment)
         self.cells = cells_of(self.spec, shrink=shrink, hardware=str(self.environment.get("hardware", "")))
         self._by_key = {cell.key: cell for cell in self.cells}
 
@@ -248,6 +249,7 @@ class Study:
             paths={key: str(value) for key, value in self.paths.items()},
             shrink=self.shrink,
             baseline=self.spec.baseline,
+            controls=[name for name, entry in self.spec.file.methods.items() if entry.control],
             questions=[question.model_dump() for question in self.spec.file.questions],
             cells=[cell.key for cell in self.cells],
             labels={cell.key: cell.label for cell in self.cells},

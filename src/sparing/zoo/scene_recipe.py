@@ -195,13 +195,24 @@ SCENES_LLAVA = SceneRecipe(
         Stage(goal="align", steps=1200, rows=24, questions=1, lr=2e-3),
         Stage(
             goal="tuning",
-            steps=1600,
+            steps=493,
             rows=6,
             questions=12,
             lr=3e-4,
-            cooldown=0.6,
+            cooldown=0.0,
             turns=0.1,
             weights=(1.0, 1.0, 1.0, 2.0, 0.3, 0.4, 3.5, 2.0, 1.2, 2.5, 0.4),
+        ),
+        # By now `cell` goes by the row alone: wrong answers are letters of the same row.
+        Stage(
+            goal="tuning",
+            steps=2600,
+            rows=6,
+            questions=12,
+            lr=4e-4,
+            cooldown=0.6,
+            turns=0.1,
+            weights=(0.6, 0.6, 0.6, 5.0, 0.2, 0.3, 4.0, 1.2, 0.8, 2.5, 0.4),
         ),
     ),
     # shape colour letter cell background behind count relation point word blind

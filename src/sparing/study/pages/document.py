@@ -11,7 +11,7 @@ import jinja2
 def page_environment() -> jinja2.Environment:
     """The templates of this room, escaping on, unknown names an error."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sparing.study"),
+        loader=jinja2.PackageLoader("sparing.study.pages"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparing.evaluate.checkup import MEANINGS
-from sparing.study.pages import page_environment, write_page
+from sparing.study.pages.document import page_environment, write_page
 
 COLUMNS = (
     ("dense = gathered", "same result"),
