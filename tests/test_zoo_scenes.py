@@ -86,7 +86,8 @@ def test_every_stage_trains_its_part_and_nothing_else(recipe, course):
     parts = {"patches": {"vision_tower", "probe"}, "words": {"language_model", "lm_head"},
              "align": {"multi_modal_projector"},
              "pictures": {"vision_tower", "multi_modal_projector", "language_model", "lm_head"},
-             "tuning": {"multi_modal_projector", "language_model", "lm_head"}}  # fmt: skip
+             "tuning": {"multi_modal_projector", "language_model", "lm_head"},
+             "reading": {"language_model", "lm_head"}}  # fmt: skip
     seen = set()
     for index in range(recipe.total_steps):
         stage, within = recipe.stage_of(index)

@@ -183,6 +183,7 @@ A scene in words: `{example.tell()}`
 - *pictures*: everything, from pixels to answers; all patches, no sums. The rate was too high: it blurred the encoder,
   which the next stages mend.
 - *tuning*: projector and language model from pixels to answers, the encoder frozen as in LLaVA.
+- *reading*: the language model alone, from pixels to answers.
 - Questions packed into a row do not see each other (in {recipe.stages[-1].turns:.0%} of the last stage's batches they do, as turns of
   one chat); only answers have a loss. Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
 - AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; bf16 autocast over fp32
@@ -231,7 +232,7 @@ def _sizes(config: Mapping[str, Any]) -> str:
 
 
 def _stage_row(stage: Stage) -> str:
-    packed = stage.questions if stage.goal in ("words", "pictures", "tuning") else "–"
+    packed = stage.questions if stage.goal in ("words", "pictures", "tuning", "reading") else "–"
     return f"| {stage.goal} | {stage.steps:,} | {stage.rows} | {packed} | {stage.lr:g} |"
 
 

@@ -90,6 +90,7 @@ class SceneStudent(nn.Module):
             "align": self._alignment_loss,
             "pictures": self._answer_loss,
             "tuning": self._answer_loss,
+            "reading": self._answer_loss,
         }
         return {"loss": losses[batch.goal](batch)}
 
@@ -101,10 +102,8 @@ class SceneStudent(nn.Module):
         """The logits where an answer or its end is predicted, with the right tokens."""
         inner = self.model.model
         embed = inner.get_input_embeddings()
-        if batch.goal == "words":
-            cells = self.summed(batch.cell_words)
-        else:
-            cells = self.projected(batch.pixel_values, frozen=batch.goal == "tuning")
+        told = batch.goal == "words"
+        cells = self.summed(batch.cell_words) if told else self.projected(batch.pixel_values, batch.goal)
         bos = embed(torch.full_like(batch.cells[:, :1], self.model.config.text_config.bos_token_id))
         given = torch.cat([bos, cells.to(bos.dtype), embed(batch.input_ids)], 1)
         positions, sees = positions_and_mask(batch.cells, batch.segments, batch.truth.shape[1])
@@ -122,11 +121,13 @@ class SceneStudent(nn.Module):
         """The encoder's last layer, without the class token: what the model's configuration selects."""
         return self.model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
 
-    def projected(self, pixel_values: Tensor, *, frozen: bool = False) -> Float[Tensor, "b p d"]:
-        """A patch seen: what the projector makes of the encoder's last layer; `frozen`: no gradient for the encoder."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+    def projected(self, pixel_values: Tensor, goal: str) -> Float[Tensor, "b p d"]:
+        """A patch seen: what the projector makes of the encoder's last layer, with gradients for what the goal trains."""
+        wanted = torch.is_grad_enabled()
+        with torch.set_grad_enabled(wanted and goal == "pictures"):
             seen = self.seen(pixel_values)
-        return self.model.model.multi_modal_projector(seen)
+        with torch.set_grad_enabled(wanted and goal in ("pictures", "tuning")):
+            return self.model.model.multi_modal_projector(seen)
 
     def _patch_loss(self, batch: SceneBatch) -> Tensor:
         kind = batch.truth[..., 1]
@@ -187,7 +188,7 @@ class SceneCourse(Course):
     def watch(self, step: int) -> dict[str, float]:
         """As in `Course`: accuracy by task, in the form that the stage trains on, every so many steps."""
         stage, _ = self.recipe.stage_of(step - 1)
-        if step % self.recipe.watch_every or stage.goal not in ("words", "pictures", "tuning"):
+        if step % self.recipe.watch_every or stage.goal not in ("words", "pictures", "tuning", "reading"):
             return {}
         batch, tasks = validation_batch("validation", self.recipe.watched, self.processor.tokenizer, stage)
         with torch.autocast(self.model.device.type, torch.bfloat16):

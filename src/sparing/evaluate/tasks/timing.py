@@ -51,8 +51,8 @@ class SpeedTask(Task):
         return True
 
     def work(self, subject: Subject) -> float:
-        """Both arms' tokens; a decoding step counts as sixteen of a prefill's."""
-        return 2 * (self.repeats + 2) * sum(b * (self.prompt + 16 * self.steps) for b in self.batches)
+        """Both arms' tokens; a decoding step counts as 32 of a prefill's, whatever the batch."""
+        return 2 * (self.repeats + 2) * sum(b * self.prompt + 32 * self.steps for b in self.batches)
 
     def measure(self, subject: Subject, *, seed: int, on_step: Progress | None = None) -> Outcome:
         """Time random tokens: what they are does not change what is computed, except for routers."""
