@@ -206,8 +206,7 @@ Someone who reads one letter of a spelled word and guesses the rest is right in 
 the model's interval is {low:.1%} to {high:.1%}.
 
 What visual tokens say: how often the input embedding with the largest cosine, among the words of one part, is the right
-one ({max(1, per_task // 2)} test pictures). The align stages made it so; the last
-stage was free to undo it.
+one ({max(1, per_task // 2)} test pictures). The align stages made it so; what came after was free to undo it.
 
 | part | patches with an object | bare patches |
 | --- | --- | --- |
