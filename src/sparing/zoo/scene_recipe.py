@@ -179,7 +179,7 @@ SCENES_LLAVA = SceneRecipe(
             weights=(0.6, 0.8, 0.6, 2.5, 0.2, 0.3, 4.0, 1.8, 1.2, 2.5, 0.5),
         ),
         Stage(goal="align", steps=1000, rows=24, questions=1, lr=2e-3),
-        # Too high a rate: it blurred the encoder (kinds right in 90% of patches) and lost the alignment. It stays here
+        # Too high a rate: it blurred the encoder (kinds right in 90% of objects) and lost the alignment. It stays here
         # because the weights went through it; the stages after it mend that.
         Stage(
             goal="pictures",
