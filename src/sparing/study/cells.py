@@ -77,13 +77,23 @@ def cells_of(spec: StudySpec, *, shrink: bool = False, hardware: str = "") -> tu
             "model": [_fingerprint(checkpoint.path), checkpoint.dtype, checkpoint.attention, shrink],
             "method": _content(method),
             "training": None if training is None else _content(training),
+            # Made small, and with one page in place of texts that are not here, what differs may become alike.
+            "names": [method.name, training and training.name] if shrink else None,
         }
         pairs = [(seed, task) for seed in spec.file.seeds for task in tasks if seeded or task.does.seeded]
         for seed, task in [*((None, task) for task in tasks if not (seeded or task.does.seeded)), *pairs]:
             subject = _hash({**content, "seed": seed if seeded else None})
             timed = [hardware, spec.file.cores, spec.file.gpus] if task.does.timed else None
             cell = Cell(
-                key=_hash({**content, "seed": seed, "task": _content(task), "timed": timed}),
+                key=_hash(
+                    {
+                        **content,
+                        "seed": seed,
+                        "task": _content(task),
+                        "timed": timed,
+                        "name": task.name if shrink else None,
+                    }
+                ),
                 subject=subject,
                 model=model,
                 checkpoint=checkpoint,
