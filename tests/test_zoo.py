@@ -227,7 +227,7 @@ def test_shipped_model_does_what_its_card_says(shipped):
     for made in asked:
         expected[made.task].append(stated[made.task][made.difficulty])
     for task, score in measured.items():
-        low, high = wilson(score.right, score.total, z=3.3)
+        low, high = wilson(score.right, score.total, level=0.99903)
         assert low <= sum(expected[task]) / score.total <= high, task
         assert score.interval[0] > score.chance, task
     together = sum(score.right for score in measured.values()) / len(asked)

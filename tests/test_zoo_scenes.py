@@ -300,14 +300,14 @@ def test_shipped_model_does_what_its_card_says(shipped):
     stated = stated_figures()
     assert list(stated) == list(measured) == list(scenes.TASKS)
     for task, score in measured.items():
-        low, high = wilson(score.right, score.total, z=3.3)
+        low, high = wilson(score.right, score.total, level=0.99903)
         assert low <= stated[task][0] <= high, task
     together = sum(score.right for score in measured.values()) / len(asked)
     assert together == pytest.approx(sum(share for share, _ in stated.values()) / len(stated), abs=0.1)
     blind = blind_guesser()
     guessed = scores(asked, [blind.answer(example.question) for example in asked])
     for task, score in guessed.items():
-        low, high = wilson(score.right, score.total, z=3.3)
+        low, high = wilson(score.right, score.total, level=0.99903)
         assert low <= stated[task][1] <= high, task
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter
+
+from sparing.evaluate.names import nearest
 
 T = TypeVar("T")
 
@@ -25,12 +26,7 @@ def with_plugins(ours: Mapping[str, type[T]], group: str) -> dict[str, type[T]]:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not known: the nearest ones, or all of them where none is near."""
-    known = sorted(known)
-    folded = {k.casefold().replace("_", "").replace("-", ""): k for k in known}
-    near = difflib.get_close_matches(name.casefold().replace("_", "").replace("-", ""), folded, n=3, cutoff=0.5)
-    if near:
-        return f"no {what} is called {name!r}; did you mean {' or '.join(folded[n] for n in near)}?"
-    return f"no {what} is called {name!r}; known are {', '.join(known) or 'none'}"
+    return f"no {what} is called {name!r}{nearest(name, known)}"
 
 
 def made(cls: type[T], settings: Mapping[str, Any]) -> T:

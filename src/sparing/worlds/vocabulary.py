@@ -2,6 +2,7 @@
 
 import string
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -32,20 +33,7 @@ def word_tokenizer(words: Sequence[str], markers: Sequence[str] = (), max_length
     pattern = Regex(rf"{marker} ?[A-Za-z]{{2,}}| [a-z0-9]|[\s\S]")
     backend.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
     backend.decoder = decoders.Fuse()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=max_length,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    return _wrapped(backend, max_length)
 
 
 def closed_tokenizer(
@@ -64,6 +52,11 @@ def closed_tokenizer(
     backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return _wrapped(backend, max_length, extra_special_tokens=list(specials))
+
+
+def _wrapped(backend: Tokenizer, max_length: int, **more: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of transformers' that puts `<bos>` first and pads on the left."""
     backend.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
     )
@@ -73,7 +66,7 @@ def closed_tokenizer(
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
-        extra_special_tokens=list(specials),
+        **more,
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,

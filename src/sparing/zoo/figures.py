@@ -1,13 +1,13 @@
 """What is measured of a zoo model: shares with their intervals, and what every card says."""
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparing.evaluate import statistics
 from sparing.zoo.train import LOG
 
 TEST_SEED = 1
@@ -59,12 +59,10 @@ class Figures:
     size: int
 
 
-def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Returns the Wilson score interval of a share, 95% by default."""
-    share, spread = right / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def wilson(right: int, total: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Returns the Wilson score interval of a share."""
+    found = statistics.share(right, total, level=level)
+    return found.low, found.high
 
 
 def by_difficulty(marks: Iterable[tuple[str, int, bool]]) -> dict[str, dict[int, tuple[int, int]]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparing.evaluate.tasks.registry import nearest
+from sparing.evaluate.names import nearest
 
 YAML = (".yaml", ".yml")
 

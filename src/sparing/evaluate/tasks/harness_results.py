@@ -53,13 +53,8 @@ def outcome_of(
         by_document = {_document(key): score for key, score in scores.items()}
         first = next(iter(tasks))
         solved = [by_document.get(key if not alone else key.removeprefix(f"{first}/")) for key, _ in answers]
-        known = all(score in (0.0, 1.0) for score in solved)
-        right = [bool(score) for score in solved] if known else None
-        figures |= writing_figures(right, [w for _, w in answers], meter, seed=seed)
-        items["output_tokens"] = mean_of([(key, float(len(w.ids))) for key, w in answers])
-        items["truncated"] = mean_of([(key, float(not w.finished)) for key, w in answers])
-        if known and not any(solved):
-            details["seconds_per_solved"] = "none solved"
+        told, by_item, said = told_of_writing(answers, solved, meter, seed=seed)
+        figures, items, details = {**figures, **told}, {**items, **by_item}, {**details, **said}
     details |= {
         "inputs_shortened": shortened,
         "cost": meter.details(),
@@ -133,6 +128,27 @@ def _chance(task: Any, samples: Sequence[dict[str, Any]]) -> float | None:
 def _document(key: str) -> str:
     """The document of an item's name, without its hash."""
     return key.rpartition(":")[0]
+
+
+def told_of_writing(
+    answers: Sequence[tuple[str, Written]], solved: Sequence[float | None], meter: Meter, *, seed: int
+) -> tuple[dict[str, Figure], dict[str, dict[str, float]], dict[str, Any]]:
+    """What is told of answers that were written: figures, scores of items, details.
+
+    Args:
+        answers: each with its document's name.
+        solved: the score of each; seconds a solved problem are told where all are right or wrong.
+        meter: what writing them cost.
+        seed: of the bootstrap.
+    """
+    known = all(score in (0.0, 1.0) for score in solved)
+    right = [bool(score) for score in solved] if known else None
+    items = {
+        "output_tokens": mean_of([(key, float(len(w.ids))) for key, w in answers]),
+        "truncated": mean_of([(key, float(not w.finished)) for key, w in answers]),
+    }
+    details = {"seconds_per_solved": "none solved"} if known and not any(solved) else {}
+    return writing_figures(right, [w for _, w in answers], meter, seed=seed), items, details
 
 
 def mean_of(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from sparing.evaluate import statistics
 from sparing.evaluate.task import Figure, Outcome
-from sparing.evaluate.tasks.harness_results import mean_figure, mean_of
+from sparing.evaluate.tasks.harness_results import mean_figure, told_of_writing
 from sparing.evaluate.tasks.metering import Meter
-from sparing.evaluate.tasks.writing import Written, as_figure, writing_figures
+from sparing.evaluate.tasks.writing import Written, as_figure
 
 # Answers that the drill-down shows whole.
 SHOWN = 20
@@ -66,13 +66,8 @@ def outcome_of(
     if answers:
         scores = items.get(next(iter(figures)), {})
         solved = [scores.get(key) for key, _ in answers]
-        known = all(score in (0.0, 1.0) for score in solved)
-        right = [bool(score) for score in solved] if known else None
-        figures |= writing_figures(right, [w for _, w in answers], meter, seed=seed)
-        items["output_tokens"] = mean_of([(key, float(len(w.ids))) for key, w in answers])
-        items["truncated"] = mean_of([(key, float(not w.finished)) for key, w in answers])
-        if known and not any(solved):
-            details["seconds_per_solved"] = "none solved"
+        told, by_item, said = told_of_writing(answers, solved, meter, seed=seed)
+        figures, items, details = {**figures, **told}, {**items, **by_item}, {**details, **said}
     details["cost"] = meter.details()
     return Outcome({**figures, **meter.figures()}, items, details)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 
+from sparing.evaluate.names import nearest
 from sparing.evaluate.task import Task
 
 
@@ -42,11 +42,3 @@ def task_class(name: str) -> type[Task]:
     if name not in known:
         raise ValueError(f"there is no kind of task {name!r}{nearest(name, known)}")
     return known[name]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message on an unknown name: the nearest ones, or all where there are few."""
-    known = sorted(known)
-    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.6):
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; known are {', '.join(known)}" if len(known) <= 20 else ""
