@@ -223,7 +223,7 @@ def interrupted(child):
 @pytest.mark.parametrize("what", ["save", "load"])
 def test_ctrl_c(what, tmp_path):
     """SIGINT at different moments of saves and loads: a KeyboardInterrupt, a whole checkpoint, and nothing beside it for longer
-    than until the next save (signals that come close together may leave a folder of what was being deleted)."""
+    than until the next save."""
     saved = tmp_path / "saved"
     save_skipping(saved)
 
@@ -238,7 +238,8 @@ def test_ctrl_c(what, tmp_path):
         assert interrupted(child) == 130
         assert sparing.run_of(sparing.load(saved)[0]) is not None
         beside = {p.name for p in tmp_path.iterdir()} - {"saved"}
-        assert all(name.startswith(".saved.sparing-trash-") for name in beside)
+        # Between two steps of a save any of its own folders may stay: not begun, put aside, or half deleted.
+        assert all(name.startswith(".saved.sparing-") for name in beside)
         save_skipping(saved)
         assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
