@@ -29,6 +29,7 @@ _ROOMS = (
     "policies",
     "checkpoint",
     "ablate",
+    "lens",
     "evaluate",
     "study",
     "worlds",

@@ -132,6 +132,11 @@ class Run:
         self._exit.close()
         self._called_with, self._features, self._pictures, self._encoded = {}, None, {}, 0
 
+    @property
+    def executor(self) -> str:
+        """Which executor carries the plans out, `gathered` or `dense`."""
+        return self._executor.name
+
     @contextlib.contextmanager
     def trial(self, tokens: TokenMap) -> Iterator[Callable[[], Ledger]]:
         """Run prompts of this map for a moment, counted in full; yields what returns their ledger. Then all is as before."""
