@@ -1,5 +1,6 @@
 """Where things are in each model family. The only room that names Hugging Face model classes."""
 
+from sparing.anatomy.asking import ask
 from sparing.anatomy.base import Anatomy
 from sparing.anatomy.llama import LlamaAnatomy
 from sparing.anatomy.llava import LlavaAnatomy
@@ -9,4 +10,4 @@ from sparing.tokens.token_map import read_inputs_with
 
 read_inputs_with(read_inputs)
 
-__all__ = ["Anatomy", "LlamaAnatomy", "LlavaAnatomy", "anatomy_of", "known_families", "load", "load_as"]
+__all__ = ["Anatomy", "LlamaAnatomy", "LlavaAnatomy", "anatomy_of", "ask", "known_families", "load", "load_as"]
