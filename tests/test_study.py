@@ -32,7 +32,8 @@ def toys(monkeypatch):
     found = {**tasks, "counting": Counting, "norm": NormMean}
     monkeypatch.setattr("sparing.study.spec.known_tasks", lambda: found)
     monkeypatch.setattr(methods_room, "OURS", {**methods_room.OURS, "halve": Halve})
-    monkeypatch.setattr(training_room, "OURS", {**training_room.OURS, "nudge": Nudge})
+    found_trainings = {**training_room.ours(), "nudge": Nudge}
+    monkeypatch.setattr(training_room, "ours", lambda: found_trainings)
 
 
 def study(tmp_path: Path, methods: str, tasks: str, more: str = "") -> Study:
