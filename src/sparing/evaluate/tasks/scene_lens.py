@@ -42,10 +42,11 @@ PARTS = {"colour": 2, "kind": 3}
 class SceneLensTask(Task):
     """How often a lens names what an object's patch shows (`sparing.worlds.scenes`), among all words of the vocabulary.
 
-    Figures, all shares over the patches that show an object, with bootstrap intervals over pictures: the kind (shape or letter) and the
-    colour among the top 5 (and top 1) of the embedding lens before the first layer, and at every level; the same by the centred and the
-    CSLS variant and by the logit lens; nulls: random vectors of the same norms, patches of the same picture exchanged, an
-    untrained projector; the ceiling: a linear probe. `alignment`: the level of the words that visual tokens are most like.
+    Figures, all shares over the patches that show an object, with bootstrap intervals over pictures: the kind (shape or letter)
+    and the colour among the top 5 (and top 1) of the embedding lens before the first layer, and at every level; the same by
+    the centred and the CSLS variant and by the logit lens; nulls: random vectors of the same norms, patches of the same picture
+    exchanged, an untrained projector; the ceiling: a linear probe. `alignment`: the level of the words that visual tokens are
+    most like.
 
     The question asked is always the same and comes after the picture, so that no visual token has seen it. Policies of the subject are
     not applied: a lens looks at the model itself.
