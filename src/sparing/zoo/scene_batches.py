@@ -48,9 +48,7 @@ class SceneBatch(NamedTuple):
 class SceneBatches(Dataset):
     """The batches of a run; batch i depends on the seed and on i alone, so that a resumed run sees the same."""
 
-    def __init__(
-        self, recipe: SceneRecipe, tokenizer: PreTrainedTokenizerBase, seed: int, world: GridWorld = SCENES
-    ):
+    def __init__(self, recipe: SceneRecipe, tokenizer: PreTrainedTokenizerBase, seed: int, world: GridWorld = SCENES):
         self.recipe, self.tokenizer, self.seed, self.world = recipe, tokenizer, seed, world
 
     def __len__(self) -> int:

@@ -194,7 +194,9 @@ class SceneCourse(Course):
         stage, _ = self.recipe.stage_of(step - 1)
         if step % self.recipe.watch_every or stage.goal not in ("words", "pictures", "tuning", "reading"):
             return {}
-        batch, tasks = validation_batch("validation", self.recipe.watched, self.processor.tokenizer, stage, world=self.world)
+        batch, tasks = validation_batch(
+            "validation", self.recipe.watched, self.processor.tokenizer, stage, world=self.world
+        )
         with torch.autocast(self.model.device.type, torch.bfloat16):
             shares = task_shares(self.trained, batch, tasks)
         return {task: round(share, 3) for task, share in shares.items()}

@@ -22,14 +22,22 @@ class GridWorld(abc.ABC):
         tasks: what is asked, by name.
         colours: colour words, as `Truth.colour` counts them.
         kinds: what can stand in a patch, as `Truth.kind` counts them; the first is nothing.
+        groups: kinds by what they are, such as letters.
         facts: questions that need no picture, and their answers.
+        shows: what a picture is a grid of, in words.
+        source: what the data is, in a sentence.
+        licence: of what is made from it, in a sentence.
     """
 
     spec: Any
     tasks: Mapping[str, Asker]
     colours: tuple[str, ...]
     kinds: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]]
     facts: Mapping[str, str]
+    shows: str
+    source: str
+    licence: str
 
     @abc.abstractmethod
     def sketch(self, rng: np.random.Generator, most: int, split: Split | None) -> Any:

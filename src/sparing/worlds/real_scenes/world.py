@@ -43,6 +43,13 @@ class RealScenesWorld(GridWorld):
     """Scenes of the pictures of a gallery."""
 
     tasks, colours, kinds, facts = TASKS, COLOURS, KINDS, FACTS
+    groups = MappingProxyType({"digits": DIGITS, "photographs": CLASSES})
+    shows = "handwritten digits in coloured ink and photographs"
+    source = (
+        "Generated scenes (`sparing.worlds.real_scenes`) of real pictures: MNIST's digits and CIFAR-10's photographs. Each of "
+        "these\n  pictures belongs to one split, by a hash of its place in its file, and scenes of a split use no others."
+    )
+    licence = "The weights were made from MNIST and CIFAR-10; whoever passes them on answers for their terms."
 
     def __init__(self, gallery: Gallery, spec: RealSceneSpec | None = None):
         self.gallery, self.spec = gallery, spec or RealSceneSpec()

@@ -1,6 +1,7 @@
 """What is asked about scenes, and the world that they make."""
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -38,6 +39,10 @@ class ScenesWorld(GridWorld):
     """The scenes of a spec as a world to train on and to be measured on."""
 
     tasks, colours, kinds, facts = TASKS, COLOUR_WORDS, KINDS, FACTS
+    groups = MappingProxyType({"shapes": SHAPES, "letters": LETTERS})
+    shows = "coloured shapes, letters and spelled words"
+    source = "Generated scenes (`sparing.worlds.scenes`), nothing else."
+    licence = "Licence: Apache-2.0, for weights and data alike."
 
     def __init__(self, spec: SceneSpec | None = None):
         self.spec: SceneSpec = spec or SceneSpec()
