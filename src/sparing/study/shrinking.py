@@ -22,6 +22,7 @@ SMALL: dict[str, Any] = {
     "width": 1,
     "batches": (1, 2),
     "prompt": 16,
+    "per_task": 2,
 }
 STAND_IN = "arithmetic-llama"
 

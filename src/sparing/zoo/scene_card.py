@@ -16,7 +16,8 @@ from sparing.worlds.grids.words import NOTHING
 from sparing.worlds.scenes import WORLD as SCENES
 from sparing.worlds.scenes import single_patch_share
 from sparing.zoo.figures import TEST_SEED, Figures, Score, by_difficulty, machine_words
-from sparing.zoo.scene_recipe import SceneRecipe, Stage
+from sparing.zoo.precision import mixed
+from sparing.zoo.scene_recipe import ANSWERING, SceneRecipe, Stage
 
 BLIND_SHOWN = 1500
 
@@ -96,8 +97,8 @@ def spoken_shares(
 
 
 def measure(folder: Path, *, per_task: int, seconds: float, world: GridWorld = SCENES) -> Figures:
-    """Asks a saved model `per_task` test questions of every task, with its weights as they are saved."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    """Asks a saved model `per_task` test questions of every task, with its weights as they are saved, in fp32."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     asked = world.examples("test", per_task, seed=TEST_SEED)
     found = answers(model, processor, asked, world=world)
@@ -141,6 +142,7 @@ def card(
     ]
     spoken += [f"| kind, {group} only | {figures.more[f'spoken {group} kind']:.1%} | – |" for group in world.groups]
     stages = [_stage_row(stage) for stage in recipe.stages]
+    precision = "bf16 autocast over fp32 weights" if mixed("cuda" if hardware["gpus"] else "cpu") else "fp32"
     vision, text = recipe.config["vision_config"], recipe.config["text_config"]
     side = vision["image_size"]
     per_task = next(iter(figures.scores.values())).total
@@ -188,15 +190,14 @@ A scene in words: `{example.tell()}`
 - *patches*: the encoder names row, column, colour and kind of every patch through a linear probe, which is thrown away.
 - *words*: the language model alone. A patch is told as one token, the sum of the input embeddings of its four words
   (`r3`, `c4`, `red`, `circle`); patches with objects and some bare ones are told, each at its own position.
-- *align*: the projector alone learns to give these sums, by squared error.
-- *pictures*: everything, from pixels to answers; all patches, no sums. The rate was too high: it blurred the encoder,
-  which the next stages mend.
-- *tuning*: projector and language model from pixels to answers, the encoder frozen as in LLaVA.
-- *reading*: the language model alone, from pixels to answers.
+- *bridge*: the projector alone, from pixels to answers through the frozen language model, as in LLaVA's first stage.
+  Nothing says what a visual token should be, but the answers.
+- *tuning*: projector and language model, the encoder frozen, as in LLaVA's second stage.
+- *reading*: the language model alone.
 - Questions packed into a row do not see each other (in {recipe.stages[-1].turns:.0%} of the last stage's batches they do, as turns of
   one chat); only answers have a loss. Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
-- AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; bf16 autocast over fp32
-  weights; seed {seed}.
+- AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; {precision};
+  seed {seed}.
 - {figures.seconds / 60:.1f} minutes of wall-clock time on {machine_words(hardware)};
   torch {torch.__version__}, transformers {transformers.__version__}.
 
@@ -211,8 +212,8 @@ column has right answers and questions by the number of objects in the scene.
 | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-{_of_words(figures)}What visual tokens say: how often the input embedding with the largest cosine, among the words of one part, is the right
-one ({max(1, per_task // 2)} test pictures). The align stages made it so; what came after was free to undo it.
+{_of_words(figures)}What visual tokens say: how often the input embedding with the largest cosine, among the words of one
+part, is the right one ({max(1, per_task // 2)} test pictures). No loss asked for it: the answers alone did.
 
 | part | patches with an object | bare patches |
 | --- | --- | --- |
@@ -221,8 +222,8 @@ one ({max(1, per_task // 2)} test pictures). The align stages made it so; what c
 ## Limits
 
 It has seen the forms of its world and nothing else; other wording, larger pictures, more objects, and scenes told as text were
-neither trained nor measured. That visual tokens lie near words is a result of how it was trained, so it says nothing
-about whether that emerges by itself. One seed; no claim about larger models follows from it.
+neither trained nor measured. The language model had read scenes told as sums of word embeddings before it saw pictures, which
+is more of a bridge than a caption is. No claim about larger models follows from it.
 
 {world.licence}
 """
@@ -247,7 +248,7 @@ def _sizes(config: Mapping[str, Any]) -> str:
 
 
 def _stage_row(stage: Stage) -> str:
-    packed = stage.questions if stage.goal in ("words", "pictures", "tuning", "reading") else "–"
+    packed = stage.questions if stage.goal in ANSWERING else "–"
     return f"| {stage.goal} | {stage.steps:,} | {stage.rows} | {packed} | {stage.lr:g} |"
 
 

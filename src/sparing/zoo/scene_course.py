@@ -1,6 +1,8 @@
 """What is particular about training on scenes: the model, its processor, and the loss of each stage."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from sparing.worlds.scenes import WORLD as SCENES
 from sparing.worlds.vocabulary import closed_tokenizer
 from sparing.zoo.course import Course
 from sparing.zoo.scene_batches import IGNORED, SceneBatch, SceneBatches, positions_and_mask, validation_batch
-from sparing.zoo.scene_recipe import SceneRecipe
+from sparing.zoo.scene_recipe import ANSWERING, SceneRecipe
 from sparing.zoo.scene_worlds import world_of
 
 CHAT = (
@@ -90,12 +92,12 @@ class SceneStudent(nn.Module):
         losses = {
             "patches": self._patch_loss,
             "words": self._answer_loss,
-            "align": self._alignment_loss,
-            "pictures": self._answer_loss,
+            "bridge": self._answer_loss,
             "tuning": self._answer_loss,
             "reading": self._answer_loss,
         }
-        return {"loss": losses[batch.goal](batch)}
+        with _frozen(self.model.model.language_model, self.model.lm_head, when=batch.goal == "bridge"):
+            return {"loss": losses[batch.goal](batch)}
 
     def patch_logits(self, pixel_values: Tensor) -> list[Float[Tensor, "b p classes"]]:
         """What the probe says of each patch: colour, kind, row and column."""
@@ -127,9 +129,9 @@ class SceneStudent(nn.Module):
     def projected(self, pixel_values: Tensor, goal: str) -> Float[Tensor, "b p d"]:
         """A patch seen: what the projector makes of the encoder's last layer, with gradients for what the goal trains."""
         wanted = torch.is_grad_enabled()
-        with torch.set_grad_enabled(wanted and goal == "pictures"):
+        with torch.no_grad():
             seen = self.seen(pixel_values)
-        with torch.set_grad_enabled(wanted and goal in ("pictures", "tuning")):
+        with torch.set_grad_enabled(wanted and goal in ("bridge", "tuning")):
             return self.model.model.multi_modal_projector(seen)
 
     def _patch_loss(self, batch: SceneBatch) -> Tensor:
@@ -142,21 +144,24 @@ class SceneStudent(nn.Module):
         ]
         return (torch.stack(losses).sum(0) * weight).sum() / weight.sum()
 
-    def _alignment_loss(self, batch: SceneBatch) -> Tensor:
-        model = self.model.model
-        with torch.no_grad():
-            wanted = self.summed(batch.cell_words).float()
-            seen = self.seen(batch.pixel_values)
-        kind = batch.truth[..., 1]
-        weight = torch.where(kind > 0, (kind == 0).sum() / (kind > 0).sum().clamp(min=1), 1.0)
-        off = (model.multi_modal_projector(seen).float() - wanted).square().sum(-1)
-        return (off * weight).sum() / (wanted.square().sum(-1) * weight).sum()
-
     def _answer_loss(self, batch: SceneBatch) -> Tensor:
         logits, right = self.answer_logits(batch)
         losses = nn.functional.cross_entropy(logits.float(), right, reduction="none")
         weight = torch.where(right == self.eos, self.end_weight, 1.0)
         return (losses * weight).sum() / weight.sum()
+
+
+@contextmanager
+def _frozen(*modules: nn.Module, when: bool) -> Iterator[None]:
+    """Gradients pass through these modules, and are not computed for their weights."""
+    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad] if when else []
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 @torch.inference_mode()
@@ -192,11 +197,11 @@ class SceneCourse(Course):
     def watch(self, step: int) -> dict[str, float]:
         """As in `Course`: accuracy by task, in the form that the stage trains on, every so many steps."""
         stage, _ = self.recipe.stage_of(step - 1)
-        if step % self.recipe.watch_every or stage.goal not in ("words", "pictures", "tuning", "reading"):
+        if step % self.recipe.watch_every or stage.goal not in ANSWERING:
             return {}
         batch, tasks = validation_batch(
             "validation", self.recipe.watched, self.processor.tokenizer, stage, world=self.world
         )
-        with torch.autocast(self.model.device.type, torch.bfloat16):
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed):
             shares = task_shares(self.trained, batch, tasks)
         return {task: round(share, 3) for task, share in shares.items()}

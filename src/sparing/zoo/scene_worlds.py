@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sparing.worlds.grids import GridWorld
-from sparing.worlds.real_scenes import RealScenesWorld, RealSceneSpec
+from sparing.worlds.real_scenes import RealSceneSpec, RealScenesWorld
 from sparing.worlds.scenes import SceneSpec, ScenesWorld
 from sparing.zoo.scene_recipe import SceneRecipe
 

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparing.zoo.course import Course
+from sparing.zoo.precision import mixed
 from sparing.zoo.recipe import Recipe
 from sparing.zoo.scene_course import SceneCourse
 from sparing.zoo.scene_recipe import SceneRecipe
@@ -86,6 +87,7 @@ def train(
     checkpoint = _last_checkpoint(out)
     _claim(out, recipe, seed, resuming=checkpoint is not None)
     course = course_of(recipe, seed, data)
+    course.mixed = mixed(device)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=recipe.total_steps,
@@ -94,7 +96,7 @@ def train(
         weight_decay=recipe.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=mixed(device),
         use_cpu=device == "cpu",
         seed=seed,
         # Rows are random already; in order, the position in the data is the step and nothing else.
