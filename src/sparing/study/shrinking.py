@@ -46,7 +46,7 @@ def smaller(settings: T, folder: Path) -> T:
     return dataclasses.replace(settings, **changed) if changed else settings  # type: ignore[return-value]
 
 
-def stand_in(path: str, resolve: Callable[[str], str]) -> str:
-    """The checkpoint whose architecture and tokenizer are taken: its own, or the zoo's where it is not on this machine."""
+def stand_in(path: str, resolve: Callable[[str], str], like: str | None = None) -> str:
+    """The checkpoint whose architecture and tokenizer are taken: its own, or another one where it is not on this machine."""
     path = resolve(path)
-    return path if Path(path).is_dir() else str(zoo.path(STAND_IN))
+    return path if Path(path).is_dir() else resolve(like or STAND_IN)

@@ -21,6 +21,8 @@ from sparing.study.training import known_trainings
 from sparing.study.yaml_lines import Place, line_of, read_yaml
 
 T = TypeVar("T")
+SEED = "{seed}"
+"""Stands for the seed in a model's path."""
 Name = Annotated[str, Field(pattern=r"^[\w.+@-]+( [\w.+@-]+)*$", max_length=60)]
 
 
@@ -32,14 +34,26 @@ class ModelEntry(_Strict):
     """A checkpoint.
 
     Attributes:
-        path: a folder (relative to the YAML), the name of a model of the zoo, or a hub id.
+        path: a folder (relative to the YAML), the name of a model of the zoo, or a hub id. `{seed}` in it stands for the
+            study's seeds: one training of the model a seed, so that whatever is measured on it has as many.
         dtype: type of the weights; `auto` keeps the checkpoint's own.
         attention: the attention implementation; the fastest that the model has by default.
+        like: a model whose architecture and tokenizer are taken by `--shrink` where `path` is not on this machine.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: str | None = None
+    like: str | None = None
+
+    def of(self, seed: int) -> ModelEntry:
+        """The checkpoint of one seed."""
+        return self.model_copy(update={"path": self.path.replace(SEED, str(seed))}) if self.seeded else self
+
+    @property
+    def seeded(self) -> bool:
+        """Is there one checkpoint a seed?"""
+        return SEED in self.path
 
 
 class Entry(_Strict):
@@ -206,7 +220,7 @@ def read_study(path: Path, *, paths: Mapping[str, str | Path] | None = None, shr
     except ValidationError as error:
         raise where.error(error, ()) from error
     models = {
-        name: entry.model_copy(update={"path": _located(entry.path, path.parent)})
+        name: entry.model_copy(update={"path": _located(entry.path, path.parent, file.seeds[0])})
         for name, entry in file.models.items()
     }
     where.shrink = shrink
@@ -350,6 +364,8 @@ def _substituted(raw: dict[str, Any], where: _Where, given: Mapping[str, str | P
             return [walk(inner, (*place, i)) for i, inner in enumerate(value)]
         if isinstance(value, str):
             for name in re.findall(r"\{(\w+)\}/", value):
+                if f"{{{name}}}" == SEED and place[:1] == ("models",):
+                    continue
                 if name not in folders:
                     raise where.at(place, unknown("path", name, folders))
                 value = value.replace(f"{{{name}}}", folders[name])
@@ -358,8 +374,10 @@ def _substituted(raw: dict[str, Any], where: _Where, given: Mapping[str, str | P
     return {key: value if key == "paths" else walk(value, (key,)) for key, value in raw.items()}
 
 
-def _located(path: str, folder: Path) -> str:
+def _located(path: str, folder: Path, seed: int) -> str:
     """A model's folder made absolute; zoo names and hub ids as they are."""
+    if SEED in path and (folder / path.replace(SEED, str(seed))).exists():
+        return str((folder / path).absolute())
     here = folder / path
     return str(here.absolute()) if here.exists() or path.startswith((".", "/")) else path
 

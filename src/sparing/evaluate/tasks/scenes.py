@@ -20,7 +20,8 @@ from sparing.worlds.scenes import BlindGuesser, Example
 
 # Answers that the drill-down shows whole.
 SHOWN = 20
-BLIND_SHOWN = 1500
+# Questions of the training split, for each one asked, that the blind guesser is told the answers of; at most so many a task.
+TOLD, MOST_TOLD = 30, 1500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ScenesTask(Task):
             meter = Meter(run, subject.model)
 
             def work(part: Sequence[Example]) -> list[Written]:
-                inputs = asked_of(subject, part)
+                inputs: dict[str, Any] = asked_of(subject, part)
                 ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
                 return write(subject.model, subject.tokenizer, meter, ids, mask, max_new_tokens=4, **inputs)
 
@@ -76,7 +77,7 @@ class ScenesTask(Task):
                 written += found
                 tell(len(written) / len(asked), f"{len(written)} of {len(asked)} answers" + f" ({len(part)} at once)")
         said = [subject.tokenizer.decode(list(w.ids), skip_special_tokens=True).strip() for w in written]
-        return _outcome(asked, said, meter, _blind(self.tasks))
+        return _outcome(asked, said, meter, _blind(self.tasks, min(TOLD * self.per_task, MOST_TOLD)))
 
 
 def check_speaks(subject: Subject) -> None:
@@ -99,8 +100,8 @@ def asked_of(subject: Subject, examples: Sequence[Example]) -> dict[str, torch.T
 
 
 @functools.cache
-def _blind(tasks: tuple[str, ...]) -> BlindGuesser:
-    return BlindGuesser(scenes.examples("train", BLIND_SHOWN, seed=1, tasks=tasks or None))
+def _blind(tasks: tuple[str, ...], told: int) -> BlindGuesser:
+    return BlindGuesser(scenes.examples("train", told, seed=1, tasks=tasks or None))
 
 
 def _outcome(asked: Sequence[Example], said: Sequence[str], meter: Meter, blind: BlindGuesser) -> Outcome:
