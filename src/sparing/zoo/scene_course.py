@@ -1,8 +1,9 @@
-"""What is particular about training `scenes-llava`: its model, its processor, and the loss of each stage."""
+"""What is particular about training on scenes: the model, its processor, and the loss of each stage."""
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from transformers import (
     set_seed,
 )
 
-from sparing.worlds import scenes
+from sparing.worlds.grids import GridWorld
+from sparing.worlds.scenes import WORLD as SCENES
 from sparing.worlds.vocabulary import closed_tokenizer
 from sparing.zoo.course import Course
 from sparing.zoo.scene_batches import IGNORED, SceneBatch, SceneBatches, positions_and_mask, validation_batch
 from sparing.zoo.scene_recipe import ANSWERING, SceneRecipe
+from sparing.zoo.scene_worlds import world_of
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}"
@@ -32,15 +35,14 @@ CHAT = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
-CLASSES = (len(scenes.COLOURS), len(scenes.KINDS), 10, 10)
 
 
-def build_processor(recipe: SceneRecipe) -> LlavaProcessor:
+def build_processor(recipe: SceneRecipe, world: GridWorld = SCENES) -> LlavaProcessor:
     """Builds the processor: pictures of the encoder's size, words of the world."""
     vision = recipe.config["vision_config"]
     side = vision["image_size"]
     tokenizer = closed_tokenizer(
-        scenes.vocabulary(), ["<image>"], recipe.config["text_config"]["max_position_embeddings"]
+        world.vocabulary(), ["<image>"], recipe.config["text_config"]["max_position_embeddings"]
     )
     pictures = CLIPImageProcessorPil(
         size={"shortest_edge": side},
@@ -77,10 +79,11 @@ def build_model(recipe: SceneRecipe, processor: LlavaProcessor, seed: int) -> An
 class SceneStudent(nn.Module):
     """The model and the probe that its encoder is trained through; the loss depends on the batch's goal."""
 
-    def __init__(self, model: Any, end_weight: float, eos: int):
+    def __init__(self, model: Any, end_weight: float, eos: int, world: GridWorld = SCENES):
         super().__init__()
         self.model = model
-        self.probe = nn.Linear(model.config.vision_config.hidden_size, sum(CLASSES))
+        self.classes = [len(world.parts[part]) for part in ("colour", "kind", "row", "column")]
+        self.probe = nn.Linear(model.config.vision_config.hidden_size, sum(self.classes))
         self.end_weight, self.eos = end_weight, eos
 
     def forward(self, **fields: Any) -> dict[str, Tensor]:
@@ -98,7 +101,7 @@ class SceneStudent(nn.Module):
 
     def patch_logits(self, pixel_values: Tensor) -> list[Float[Tensor, "b p classes"]]:
         """What the probe says of each patch: colour, kind, row and column."""
-        return list(self.probe(self.seen(pixel_values)).split(CLASSES, -1))
+        return list(self.probe(self.seen(pixel_values)).split(self.classes, -1))
 
     def answer_logits(self, batch: SceneBatch) -> tuple[Float[Tensor, "n v"], Int[Tensor, " n"]]:
         """The logits where an answer or its end is predicted, with the right tokens."""
@@ -179,12 +182,13 @@ class SceneCourse(Course):
     recipe: SceneRecipe
     trained: SceneStudent
 
-    def __init__(self, recipe: SceneRecipe, seed: int):
+    def __init__(self, recipe: SceneRecipe, seed: int, data: Path | None = None):
         self.recipe, self.seed = recipe, seed
-        self.processor = build_processor(recipe)
+        self.world = world_of(recipe, data)
+        self.processor = build_processor(recipe, self.world)
         self.model = build_model(recipe, self.processor, seed)
-        self.trained = SceneStudent(self.model, recipe.end_weight, self.processor.tokenizer.eos_token_id)
-        self.batches = SceneBatches(recipe, self.processor.tokenizer, seed)
+        self.trained = SceneStudent(self.model, recipe.end_weight, self.processor.tokenizer.eos_token_id, self.world)
+        self.batches = SceneBatches(recipe, self.processor.tokenizer, seed, self.world)
 
     def loss(self, trained: nn.Module, batch: dict[str, Any]) -> Tensor:
         """As in `Course`: that of the batch's stage."""
@@ -195,7 +199,9 @@ class SceneCourse(Course):
         stage, _ = self.recipe.stage_of(step - 1)
         if step % self.recipe.watch_every or stage.goal not in ANSWERING:
             return {}
-        batch, tasks = validation_batch("validation", self.recipe.watched, self.processor.tokenizer, stage)
+        batch, tasks = validation_batch(
+            "validation", self.recipe.watched, self.processor.tokenizer, stage, world=self.world
+        )
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed):
             shares = task_shares(self.trained, batch, tasks)
         return {task: round(share, 3) for task, share in shares.items()}

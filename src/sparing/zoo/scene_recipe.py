@@ -29,10 +29,11 @@ class Stage:
         warmup: steps until the peak.
         cooldown: share of the steps, at the end, in which the rate falls linearly.
         floor: share of the peak that it falls to.
-        growing: steps in which the most objects of a scene grow from one to six.
+        most: most objects of a scene.
+        growing: steps in which they grow from one to `most`.
         bare: fewest and most patches without an object that are told (`words` only); their number is log-uniform.
         turns: share of batches in which questions are turns of one chat, each seeing those before it.
-        weights: how often each task is asked, in the order of `scenes.TASKS`; the recipe's by default.
+        weights: how often each task is asked, in the order of the world's tasks; the recipe's by default.
     """
 
     goal: Goal
@@ -43,14 +44,15 @@ class Stage:
     warmup: int = 20
     cooldown: float = 0.3
     floor: float = 0.05
+    most: int = 6
     growing: int = 0
     bare: tuple[int, int] = (1, 12)
     turns: float = 0.0
     weights: tuple[float, ...] | None = None
 
-    def most_objects(self, step: int, most: int = 6) -> int:
+    def most_objects(self, step: int) -> int:
         """The most objects of a scene at a step of the stage."""
-        return most if step >= self.growing else 1 + step * (most - 1) // self.growing
+        return self.most if step >= self.growing else 1 + step * (self.most - 1) // self.growing
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step of the stage: up, flat, down."""
@@ -61,16 +63,18 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneRecipe(Recipe):
-    """A LLaVA that is trained on `sparing.worlds.scenes`.
+    """A LLaVA that is trained on scenes on a grid.
 
     Attributes:
+        world: `scenes`: drawn ones, `sparing.worlds.scenes`. `real-scenes`: those of `sparing.worlds.real_scenes`.
         stages: the parts of the run, in order; each goes on with the weights that the one before left.
-        weights: how often each task is asked in training, in the order of `scenes.TASKS`.
+        weights: how often each task is asked in training, in the order of the world's tasks.
         end_weight: weight in the loss of the end of an answer, where its words weigh 1.
         watch_every: steps between looks at the validation split; a multiple of the 20 steps between log lines.
         watched: validation questions of each task.
     """
 
+    world: Literal["scenes", "real-scenes"] = "scenes"
     stages: tuple[Stage, ...]
     weights: tuple[float, ...]
     end_weight: float = 0.1
