@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparing.anatomy import ask
+from sparing.anatomy import anatomy_of, ask
 from sparing.evaluate import statistics
 from sparing.evaluate.task import Figure, NotApplicable, Outcome, Progress, Subject, Task
 from sparing.evaluate.tasks.scenes import check_speaks
@@ -255,7 +255,7 @@ def _others(word: str) -> Iterator[str]:
 
 def _norms(subject: Subject, seen: Recording) -> dict[str, Any]:
     """Median norms of visual tokens at every level, and of words."""
-    words = subject.model.get_input_embeddings().weight.detach().float().norm(dim=1)
+    words = anatomy_of(subject.model).model.get_input_embeddings().weight.detach().float().norm(dim=1)
     return {
         "visual, by level": seen.states.float().norm(dim=-1).median(dim=1).values.tolist(),
         "words": float(words.median()),
