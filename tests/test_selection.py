@@ -196,9 +196,9 @@ def test_a_selection_of_the_wrong_shape():
         def __repr__(self):
             return "Wrong()"
 
-    with pytest.raises(ValueError, match=r"Wrong\(\) chose with torch.float32 of shape \(2, 2\)"), torch.no_grad():
-        with sparing.apply(llava(), DropTokens(where=Wrong())):
-            llava()(**llava_batch("left"))
+    refused = pytest.raises(ValueError, match=r"Wrong\(\) chose with torch.float32 of shape \(2, 2\)")
+    with refused, torch.no_grad(), sparing.apply(llava(), DropTokens(where=Wrong())):
+        llava()(**llava_batch("left"))
 
 
 # Controls -------------------------------------------------------------------------------------------------------------
@@ -215,6 +215,17 @@ def pictures(batch):
     """Row and indices of each picture."""
     found = TokenMap.from_inputs(llava(), batch).images
     return [(r, torch.arange(span.start, span.stop)) for r, row in enumerate(found) for span in row]
+
+
+def test_the_uniform_control_draws_from_all():
+    """As many, the class's own tokens among them."""
+    batch = llava_batch("left")
+    mine = chosen(dead(), batch)
+    masks = [chosen(dead(control="uniform", seed=s), batch) for s in range(6)]
+    for row, index in pictures(batch):
+        assert all(mask[row, index].sum() == mine[row, index].sum() for mask in masks)
+    assert any((mine & mask).any() for mask in masks)
+    assert any((~mine & mask).any() for mask in masks)
 
 
 @pytest.mark.parametrize("control", ["random", "background"])
