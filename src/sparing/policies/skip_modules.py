@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparing.plan import LayerPlan, ModelShape, Policy, PromptView, Selection, View
 from sparing.plan.policy import check_layers
-from sparing.plan.selection import chosen_in, remembered
+from sparing.plan.selection import check_where, chosen_in, remembered
 from sparing.tokens import Group, TokenMap
 
 
@@ -40,6 +40,7 @@ class SkipModules(Policy):
     ) -> None:
         if groups is not None and where is not None:
             raise ValueError("SkipModules: give groups= or where= (a selection or a function), not both")
+        check_where(where, "SkipModules(where=...)")
         self.attention, self.mlp = frozenset(attention), frozenset(mlp)
         self.groups = None if groups is None else tuple(groups)
         self.where = where
