@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
 from sparing.anatomy.base import HFModule
-from sparing.anatomy.vision import VisionAnatomy, both_sides, transformer_flops
+from sparing.anatomy.vision import VisionAnatomy, both_sides, largest_of_block, transformer_flops
 
 
 class SmolVLMAnatomy(VisionAnatomy):
@@ -34,6 +39,10 @@ class SmolVLMAnatomy(VisionAnatomy):
         """Height and width of a tile in tokens; one token covers several patches of the encoder."""
         (height, width), factor = super().grid, self.config.scale_factor
         return height // factor, width // factor
+
+    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """A token has the largest of the patches that are shuffled into it."""
+        return largest_of_block(features.last_hidden_state.float().norm(dim=-1), self.grid).flatten()
 
     def encoder_flops(self) -> int:
         """One tile: patch embedding, all layers, and the projection after the shuffle. Padded patches run too, and count."""

@@ -1,6 +1,7 @@
 """Lenses: observe what tokens hold, and never change the result."""
 
 from sparing.lens.alignment import Alignment, LayerAlignment, layer_alignment
+from sparing.lens.classes import Criteria, token_classes
 from sparing.lens.embedding_lens import embedding_lens, find_words
 from sparing.lens.logit_lens import logit_lens
 from sparing.lens.nulls import norm_matched, shuffled, untrained_projector
@@ -14,6 +15,7 @@ __all__ = [
     "ENGLISH",
     "SCENES",
     "Alignment",
+    "Criteria",
     "LayerAlignment",
     "PatchBenchmark",
     "Probed",
@@ -30,5 +32,6 @@ __all__ = [
     "precision_at_k",
     "record",
     "shuffled",
+    "token_classes",
     "untrained_projector",
 ]

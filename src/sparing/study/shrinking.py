@@ -23,6 +23,11 @@ SMALL: dict[str, Any] = {
     "batches": (1, 2),
     "prompt": 16,
     "per_task": 2,
+    "scenes": 4,
+    "found_on": 8,
+    "per_kind": 2,
+    "rows": 2,
+    "turns": 2,
 }
 STAND_IN = "arithmetic-llama"
 

@@ -149,13 +149,12 @@ SCENES_LLAVA = SceneRecipe(
     ),
     stages=(
         Stage(goal="patches", steps=500, rows=32, questions=1, lr=2e-3),
-        Stage(goal="words", steps=440, rows=12, questions=16, lr=1.5e-3, cooldown=0.0, growing=300, bare=(1, 30)),
         # Progress goes by the step rather than by the question here: small steps are cheaper.
-        Stage(goal="words", steps=1120, rows=8, questions=8, lr=1.5e-3, cooldown=0.0, bare=(1, 30)),
+        Stage(goal="words", steps=1500, rows=8, questions=8, lr=1.5e-3, cooldown=0.0, growing=300, bare=(1, 30)),
         # What is known by now makes room for places, relations and counts.
         Stage(
             goal="words",
-            steps=1500,
+            steps=2500,
             rows=8,
             questions=8,
             lr=1.5e-3,
@@ -186,7 +185,7 @@ SCENES_LLAVA = SceneRecipe(
         # With the projector fixed too, the language model bears a higher rate.
         Stage(
             goal="reading",
-            steps=1500,
+            steps=1200,
             rows=6,
             questions=12,
             lr=1e-3,
