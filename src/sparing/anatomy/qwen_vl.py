@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sparing.anatomy.base import HFModule
@@ -37,6 +38,26 @@ class QwenVLAnatomy(VisionAnatomy):
         """Pictures have sizes of their own; this one, of 32 x 32 patches, stands for them where one must."""
         side = 32 // self.config.vision_config.spatial_merge_size
         return side, side
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """As in `VisionAnatomy`: merged patches."""
+        vision = self.config.vision_config
+        height, width = both_sides(vision.patch_size)
+        return height * vision.spatial_merge_size, width * vision.spatial_merge_size
+
+    def token_pixels(self, inputs: Mapping[str, Any]) -> Float[Tensor, "tiles h w p"]:
+        """As in `VisionAnatomy`, of one picture: its patches lie in the order of the tokens they are merged into.
+
+        Raises:
+            ValueError: there is not exactly one picture.
+        """
+        (span, *more) = self.layouts(inputs)
+        if more:
+            raise ValueError(
+                f"expected one picture, got {1 + len(more)}: they have sizes of their own, give one at a time"
+            )
+        return inputs["pixel_values"].reshape(1, *span.grid, -1)
 
     def layouts(self, inputs: Mapping[str, Any]) -> Iterable[ImageSpan]:
         """From `image_grid_thw`; a token covers `spatial_merge_size` squared patches.
