@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -264,7 +265,9 @@ class PictureMaterial(Material):
         with self.applied(removal) as run:
             meter = Meter(run, self.model)
             written = write(self.model, self._tokenizer, meter, ids, mask, max_new_tokens=most, **row)
-        return [list(each.ids[: len(each.ids) - each.finished]) for each in written]
+        found = [list(each.ids[: len(each.ids) - each.finished]) for each in written]
+        # A picture's placeholder among written tokens has no picture behind it: the answer ends there.
+        return [list(itertools.takewhile(lambda i: not self.prompts.is_image(i), ids)) for ids in found]
 
     def _on_device(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
         return {name: value.to(self.device) for name, value in pad_rows(self.model, rows, "left").items()}

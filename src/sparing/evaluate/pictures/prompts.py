@@ -77,16 +77,20 @@ class PicturePrompts:
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in row.items()}
 
+    def is_image(self, token: int) -> bool:
+        """Whether a token stands for a part of a picture."""
+        found = self.family.is_image_token(torch.tensor([[token]]))
+        return found is not None and bool(found.any())
+
     def check_words(self, text: str, what: str) -> None:
         """Refuse words that stand for a picture.
 
         Raises:
             ValueError: see above.
         """
-        ids = torch.tensor([self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids])
-        is_image = self.family.is_image_token(ids)
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         token = getattr(self.processor, "image_token", None) or "<image>"
-        if token in text or (is_image is not None and bool(is_image.any())):
+        if token in text or any(map(self.is_image, ids)):
             raise ValueError(
                 f"{what} has the placeholder of a picture in it ({token}): take it out, pictures are put before the question"
             )
