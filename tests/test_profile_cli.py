@@ -16,7 +16,7 @@ import processors
 import profile_cases as cases
 from sparing import zoo
 from sparing.cli import main
-from sparing.evaluate import Settings
+from sparing.evaluate import Settings, read_questions
 from sparing.evaluate.windows import READ_LIMIT, read_text
 from sparing.study import render
 
@@ -250,6 +250,4 @@ def test_the_demo_profiles_the_models_of_the_zoo(tmp_path, capsys, short_timing)
         assert figures["planned"]["added"][0] < min(point["added"][0] for point in figures["controls"])
         assert f'href="{other}"' in (folder / "report.html").read_text()
     # What the report was asked of can be asked again.
-    assert len((tmp_path / "scenes" / "questions.jsonl").read_text().splitlines()) == len(
-        list((tmp_path / "scenes").glob("*.png"))
-    )
+    assert len(read_questions(tmp_path / "scenes")) == len(list((tmp_path / "scenes").glob("*.png"))) == 22

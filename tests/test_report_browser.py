@@ -130,7 +130,8 @@ canvases[0].dispatchEvent(new PointerEvent("pointermove", point));
 const patch = tip.textContent;
 document.querySelector(".tokens .answer").dispatchEvent(new PointerEvent("pointermove", { bubbles: true }));
 document.body.dataset.probe = JSON.stringify({
-  seen, patch, disabled, word: tip.textContent, at: at.textContent, canvases: canvases.length, articles: document.querySelectorAll("article").length,
+  seen, patch, disabled, word: tip.textContent, at: at.textContent, canvases: canvases.length,
+  articles: document.querySelectorAll("article").length,
   images: [...document.images].every((image) => image.complete && image.naturalWidth > 0),
   pressed: document.querySelector(".switch button[aria-pressed=true]").dataset.module,
   width: document.documentElement.scrollWidth, client: document.documentElement.clientWidth,

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from sparing.evaluate import Material
 
 TEXT_MODEL, PICTURE_MODEL = "arithmetic-llama", "scenes-llava"
-# Questions of each of the eleven tasks, each about a picture of its own.
-PER_TASK, PER_TASK_QUICK = 3, 2
+# Questions of each of the eleven tasks, each about a picture of its own; and how many of them a quick demo asks.
+PER_TASK, PER_TASK_QUICK, QUICK = 3, 2, 16
 # Pictures are most of a prompt, and most of what is computed for them can go: a budget that text would not survive.
 PICTURE_BUDGET = 0.3
 
@@ -63,7 +63,7 @@ def demo(
     )
     folder = out / "scenes"
     draw_scenes(folder, PER_TASK_QUICK if quick else PER_TASK, seed)
-    questions = read_questions(folder)
+    questions = read_questions(folder, QUICK if quick else None)
     settings = dataclasses.replace(
         settings, budget=PICTURE_BUDGET, method="additive", repeats=min(settings.repeats, 3), steps=8
     )
