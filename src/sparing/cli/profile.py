@@ -29,8 +29,7 @@ def profile(
         Path | None,
         typer.Option(
             "--images",
-            help='Folder of pictures to measure on, with a questions.jsonl beside them: rows {"image": "a.png", "question": '
-            '"...", "answer": "..."}, or "images" for several. Without an answer, the stock model\'s own is to be kept.',
+            help="Folder of pictures with a questions.jsonl beside them, to measure on instead of a text.",
             metavar="DIR",
         ),
     ] = None,
@@ -60,10 +59,15 @@ def profile(
     ] = False,
     out: Out = Path("runs/profile"),
 ) -> None:
-    """Measure what each module and each kind of token is worth, on a text or for questions about pictures; find the best plan.
+    """Measure what each module and each kind of token is worth; find the best plan within a budget.
 
-    With --images also what image tokens need: attention, MLP, being read, the layer at which they enter. Writes run.json,
-    report.html and measurements.jsonl to --out. A second run goes on where the first one stopped.
+    On a text, or on questions about pictures; there image tokens are looked at by themselves too.
+
+    A row of questions.jsonl: {"image": "a.png", "question": "...", "answer": "..."}, or "images" and a list.
+
+    Without an answer, the stock model's own is the one to keep.
+
+    Writes run.json, report.html and measurements.jsonl to --out. A second run goes on where the first one stopped.
     """
     if text is not None and images is not None:
         raise ValueError("--text and --images are two profiles: give one of them, and run the other into another --out")
