@@ -233,6 +233,8 @@ def test_without_a_text_or_pictures_both_are_named():
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_demo_profiles_the_models_of_the_zoo(tmp_path, capsys, short_timing):
     try:
         zoo.path("arithmetic-llama"), zoo.path("scenes-llava")

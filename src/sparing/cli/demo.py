@@ -44,7 +44,9 @@ def demo(
     models = {name: str(zoo.path(name)) for name in (TEXT_MODEL, PICTURE_MODEL)}
     # Models this small gain nothing from a second thread, and lose a lot where another program has the core.
     torch.set_num_threads(1)
-    settings = Settings(seed=seed).quick() if quick else Settings(seed=seed)
+    settings = Settings(seed=seed)
+    if quick:
+        settings = dataclasses.replace(settings.quick(), batches=(1,))
 
     def on_text(model: nn.Module, tokenizer: Any) -> Material:
         page = zoo.page("arithmetic")
