@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
 from sparing.anatomy.base import HFModule
 from sparing.anatomy.vision import VisionAnatomy, both_sides, transformer_flops
 
@@ -29,6 +35,11 @@ class SmolVLMAnatomy(VisionAnatomy):
         """Height and width of a tile in tokens; one token covers several patches of the encoder."""
         (height, width), factor = super().grid, self.config.scale_factor
         return height // factor, width // factor
+
+    def pixels(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"]]:
+        """As in `VisionAnatomy`: one a tile. Rows with fewer tiles than others are filled up with black ones, which are left out."""
+        rows = inputs["pixel_values"]
+        return [self._covered(tile) for row in rows for tile in row if bool((tile != 0).any())]
 
     def encoder_flops(self) -> int:
         """One tile: patch embedding, all layers, and the projection after the shuffle. Padded patches run too, and count."""

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from sparing.anatomy.base import Anatomy, HFModule
@@ -57,6 +58,20 @@ class VisionAnatomy(Anatomy):
         """A picture of the encoder's own size, as a span that starts at 0."""
         height, width = self.grid
         return ImageSpan(0, height * width, self.grid)
+
+    def pixels(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"]]:
+        """What the encoder is given of each picture (each span of the rows, in order), normalised as it comes.
+
+        Only what the span's grid covers: pixels that the encoder's patches leave over at the edge are cut off, and so is padding
+        of which no token is left. Divided evenly, pixels fall to the tokens of the grid.
+        """
+        return [self._covered(one) for one in inputs["pixel_values"].flatten(0, -4)]
+
+    def _covered(self, picture: Tensor) -> Tensor:
+        """A picture without the edge that is too narrow for a patch."""
+        high, wide = both_sides(self.config.vision_config.patch_size)
+        height, width = picture.shape[-2:]
+        return picture[..., : height - height % high, : width - width % wide]
 
     def read_tokens(self, inputs: Mapping[str, Any]) -> TokenMap:
         """As in `Anatomy`.
