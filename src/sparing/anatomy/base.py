@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sparing.anatomy.attention import Masks, masks_of
+from sparing.anatomy.fingerprint import fingerprint_of
 from sparing.plan import LayerShape, ModelShape
 from sparing.tokens import Group, ImageSpan, TokenMap
 
@@ -177,6 +178,10 @@ class Anatomy(abc.ABC):
         """The family's own eager attention function."""
         return sys.modules[type(self.attention(layer)).__module__].eager_attention_forward
 
+    def fingerprint(self) -> str:
+        """Says which checkpoint this is, wherever it lies and under whatever name (see `sparing.anatomy.fingerprint`)."""
+        return fingerprint_of(self.model)
+
     # Sizes and tokens --------------------------------------------------------------------------------------------
 
     def shape(self) -> ModelShape:
@@ -211,6 +216,20 @@ class Anatomy(abc.ABC):
     @property
     def vision_encoder(self) -> HFModule | None:
         """The vision encoder, or `None`."""
+        return None
+
+    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """How large the encoder's feature behind each image token is, `[n]` over the image tokens of a batch in order.
+
+        A token that covers several patches has the largest one's; NaN where no patch is behind a token (newlines).
+
+        Args:
+            features: what the vision encoder returned for these inputs.
+            inputs: what the model was called with.
+
+        Returns:
+            `None` where the family cannot tell.
+        """
         return None
 
     @property

@@ -101,3 +101,12 @@ def _with_decoder(outer: type[Anatomy], decoder: type[Anatomy]) -> type[Anatomy]
 def read_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TokenMap:
     """What `TokenMap.from_inputs` calls."""
     return anatomy_of(model).read_tokens(inputs)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Says which checkpoint a model is, by its weights: what a `TokenProfile` is keyed to.
+
+    Raises:
+        ValueError: an unknown family.
+    """
+    return anatomy_of(model).fingerprint()

@@ -46,7 +46,7 @@ class Counted:
 def count(model: nn.Module, policies: Sequence[Policy]) -> Counted:
     """Count what the policies' plan costs, on one short forward pass of the decoder at most.
 
-    A policy that learned decides by what it reads, so random tokens say nothing of it: it is counted on the latest prompt that
+    A policy that learned, or that chooses tokens by what they hold, decides by what it reads, so random tokens say nothing of it: it is counted on the latest prompt that
     the model ran under it, if there was one.
     """
     sizes = Counted(
@@ -55,7 +55,8 @@ def count(model: nn.Module, policies: Sequence[Policy]) -> Counted:
     )
     if not policies:
         return sizes
-    run, learned = run_of(model), [type(p).__name__ for p in policies if isinstance(p, nn.Module)]
+    run = run_of(model)
+    learned = [type(p).__name__ for p in policies if isinstance(p, nn.Module) or p.selections()]
     try:
         if learned:
             if run is None or not run.ledger.passes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
@@ -12,17 +13,61 @@ import torch
 from torch import Tensor, nn
 
 from sparing import policies as ours
-from sparing.plan import Policy
+from sparing.plan import Policy, Selection
 from sparing.tokens import Group
+from sparing.tokens.names import nearest
 
 
 @functools.cache
 def known_policies() -> Mapping[str, type[Policy]]:
     """Names and classes: ours, and those of installed packages (entry point group `sparing.policies`)."""
-    found: dict[str, type[Policy]] = {name: getattr(ours, name) for name in ours.__all__}
+    found: dict[str, type[Policy]] = {
+        name: kind for name in ours.__all__ if issubclass(kind := getattr(ours, name), Policy)
+    }
     for point in entry_points(group="sparing.policies"):
         found.setdefault(point.name, point.load())
     return found
+
+
+@functools.cache
+def known_selections() -> Mapping[str, type[Selection]]:
+    """What chooses tokens for policies: names and classes, those of installed packages (`sparing.selections`) too."""
+    found: dict[str, type[Selection]] = {
+        name: kind for name in ours.__all__ if issubclass(kind := getattr(ours, name), Selection)
+    }
+    for point in entry_points(group="sparing.selections"):
+        found.setdefault(point.name, point.load())
+    return found
+
+
+def selections_in(arguments: Mapping[str, Any]) -> dict[str, tuple[type[Selection], dict[str, Any]]]:
+    """The selections among a policy's arguments as JSON knows them: argument -> class and its own arguments.
+
+    `{"where": {"OfClass": {"profile": ..., "classes": ["dead"]}}}`.
+
+    Raises:
+        ValueError: an unknown selection, or an argument that it does not have.
+    """
+    found = {}
+    for key, value in arguments.items():
+        if isinstance(value, dict) and value.keys() != {"group"}:
+            name, given = _named(value, key)
+            known = known_selections()
+            if name not in known:
+                raise ValueError(f"{key}: no selection is called {name!r}{nearest(name, known)}")
+            parameters = inspect.signature(known[name]).parameters
+            if strays := [stray for stray in given if stray not in parameters]:
+                raise ValueError(f"{key}: no argument of {name} is called {strays[0]!r}{nearest(strays[0], parameters)}")
+            found[key] = known[name], given
+    return found
+
+
+def _named(value: dict[str, Any], key: str) -> tuple[str, dict[str, Any]]:
+    if len(value) != 1 or not isinstance(given := next(iter(value.values())), dict):
+        raise ValueError(
+            f'{key}: expected a selection as {{"OfClass": {{"profile": ..., "classes": ["dead"]}}}}, got {str(value)[:80]}'
+        )
+    return str(next(iter(value))), given
 
 
 def describe(policies: Iterable[Policy]) -> list[dict[str, Any]]:
@@ -116,7 +161,10 @@ def _make(entry: Any, where: str) -> Policy:
             "If another package has it, install that package"
         )
     try:
-        return known[name](**{key: _from_json(value) for key, value in entry.get("arguments", {}).items()})
+        arguments = dict(entry.get("arguments", {}))
+        for key, (kind, given) in selections_in(arguments).items():
+            arguments[key] = kind(**given)
+        return known[name](**{key: _from_json(value) for key, value in arguments.items()})
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{where}: {name} cannot be made from its arguments: {error}") from error
 
@@ -124,6 +172,16 @@ def _make(entry: Any, where: str) -> Policy:
 def _to_json(value: Any, what: str) -> Any:
     if isinstance(value, Group):
         return {"group": value.name}
+    if isinstance(value, Selection):
+        names = {cls: name for name, cls in known_selections().items()}
+        if type(value) not in names:
+            raise ValueError(
+                f"{what}: {type(value).__name__} cannot be saved, for nothing would find it again: register the class under "
+                'the entry point group "sparing.selections" of an installed package'
+            )
+        return {names[type(value)]: {key: _to_json(part, f"{what}.{key}") for key, part in value.arguments().items()}}
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(part, what) for key, part in value.items()}
     if value is None or isinstance(value, (bool, str, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, (set, frozenset)):
@@ -132,7 +190,7 @@ def _to_json(value: Any, what: str) -> Any:
         return [_to_json(part, what) for part in value]
     kind = "a function" if callable(value) else f"a {type(value).__name__}"
     raise ValueError(
-        f"{what} is {kind}, which a checkpoint cannot hold: use arguments that JSON knows (groups= instead of where=), "
+        f"{what} is {kind}, which a checkpoint cannot hold: use arguments that JSON knows (groups= or a selection for where=), "
         "or a policy class of your own"
     )
 

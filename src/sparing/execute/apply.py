@@ -88,6 +88,7 @@ class Run:
         self.shape = self.anatomy.shape()
         for part in policy.parts():
             part.validate(self.shape)
+        self._check_made_for(policy)
         ablations = [repr(part) for part in policy.parts() if part.ablation]
         if ablations and execute != "dense":
             raise ValueError(f'{ablations[0]} is an ablation, which is no speed-up: run it with execute="dense"')
@@ -131,6 +132,18 @@ class Run:
         """Leave the model as it was."""
         self._exit.close()
         self._called_with, self._features, self._pictures, self._encoded = {}, None, {}, 0
+
+    def _check_made_for(self, policy: Composed) -> None:
+        """Refuse selections that speak of another checkpoint's tokens."""
+        named = [s for part in policy.parts() for s in part.selections() if s.made_for is not None]
+        if not named:
+            return
+        own = self.anatomy.fingerprint()
+        if other := next((s for s in named if s.made_for != own), None):
+            raise ValueError(
+                f"{other!r} is for the checkpoint {other.made_for}, this model is {own}: find its own profile with "
+                "sparing.lens.token_classes(model, processor, pictures)"
+            )
 
     @property
     def executor(self) -> str:

@@ -149,6 +149,15 @@ class StartView(PromptView):
         """Drop tokens before the first layer."""
         self._run.drop(mask, 0)
 
+    def spend(self, flops: int) -> None:
+        """Book the cost of deciding."""
+        self._run.record.layers[0].spent += int(flops)
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """The input embeddings."""
+        return self._run.anatomy.decoder.embed_tokens.weight
+
     @property
     def encoder_features(self) -> Any:
         """The vision encoder's output."""

@@ -3,7 +3,9 @@
 from sparing.plan.cost import Cost, LayerShape, ModelShape
 from sparing.plan.layer_plan import FULL, NOTHING, LayerPlan
 from sparing.plan.ledger import Ledger, TokenState
-from sparing.plan.policy import Composed, Policy, PromptView, View
+from sparing.plan.policy import Composed, Policy
+from sparing.plan.selection import Selection
+from sparing.plan.views import PromptView, View
 
 __all__ = [
     "FULL",
@@ -16,6 +18,7 @@ __all__ = [
     "ModelShape",
     "Policy",
     "PromptView",
+    "Selection",
     "TokenState",
     "View",
 ]

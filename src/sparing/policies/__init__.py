@@ -1,10 +1,11 @@
-"""Who decides: one paper, one file."""
+"""Who decides: one paper, one file. And `OfClass`, which chooses tokens for those that decide by `where=`."""
 
 from sparing.policies.d_llm import DLLM
 from sparing.policies.drop_tokens import DropTokens
 from sparing.policies.enter_late import EnterLate
 from sparing.policies.fast_v import FastV
 from sparing.policies.mod import MoD
+from sparing.policies.of_class import OfClass
 from sparing.policies.pyramid_drop import PyramidDrop
 from sparing.policies.skip_gpt import SkipGPT
 from sparing.policies.skip_modules import SkipModules
@@ -17,6 +18,7 @@ __all__ = [
     "EnterLate",
     "FastV",
     "MoD",
+    "OfClass",
     "PyramidDrop",
     "SkipGPT",
     "SkipModules",

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from sparing.plan import ModelShape, Policy, PromptView
+from sparing.plan import ModelShape, Policy, PromptView, Selection
+from sparing.plan.selection import chosen_in
 from sparing.tokens import Group, TokenMap
 
 Where = Callable[[TokenMap], Tensor]
@@ -17,7 +18,8 @@ class DropTokens(Policy):
     """Drop tokens of a prompt: they are never computed and never read.
 
     Args:
-        where: `TokenMap -> [b t]` mask of what to drop, or a `[b t]` mask itself.
+        where: a `Selection` (tokens of a class: `OfClass`), a function `TokenMap -> [b t]` mask of what to drop, or a `[b t]`
+            mask itself.
         groups: instead of `where`: drop tokens of these groups.
         keep: with `groups`: keep this share of them (0 drops all), chosen at random by `seed`, the same number in each row
             (rounded down, at least one if the share is not 0). This is the matched-count random control.
@@ -35,7 +37,7 @@ class DropTokens(Policy):
 
     def __init__(
         self,
-        where: Where | Tensor | None = None,
+        where: Selection | Where | Tensor | None = None,
         *,
         groups: Iterable[Group] | None = None,
         keep: float = 0.0,
@@ -43,7 +45,7 @@ class DropTokens(Policy):
         seed: int = 0,
     ) -> None:
         if (where is None) == (groups is None):
-            raise ValueError("DropTokens: give exactly one of where= (a mask or a function) and groups=")
+            raise ValueError("DropTokens: give exactly one of where= (a selection, a mask or a function) and groups=")
         if not 0 <= keep <= 1:
             raise ValueError(f"DropTokens(keep={keep}): the share to keep lies between 0 and 1")
         if positions not in ("keep", "reindex"):
@@ -56,7 +58,9 @@ class DropTokens(Policy):
         return
 
     def idle(self, tokens: TokenMap) -> bool:
-        """The groups do not occur."""
+        """The groups do not occur, or nothing can be chosen."""
+        if isinstance(self.where, Selection):
+            return self.where.idle(tokens)
         return self.groups is not None and (self.keep == 1 or not tokens.has(*self.groups))
 
     def start(self, view: PromptView) -> None:
@@ -64,6 +68,8 @@ class DropTokens(Policy):
         tokens = view.tokens
         if self.groups is not None:
             gone = self._random(tokens.of(*self.groups))
+        elif isinstance(self.where, Selection):
+            gone = chosen_in(view, self.where)
         else:
             gone = self.where(tokens) if callable(self.where) else self.where
             assert gone is not None
@@ -91,5 +97,6 @@ class DropTokens(Policy):
 
     def __repr__(self) -> str:
         """As constructed."""
-        what = "where=..." if self.groups is None else f"groups={[g.name for g in self.groups]}, keep={self.keep:g}"
+        where = repr(self.where) if isinstance(self.where, Selection) else "..."
+        what = f"where={where}" if self.groups is None else f"groups={[g.name for g in self.groups]}, keep={self.keep:g}"
         return f"DropTokens({what}, positions={self.positions!r})"

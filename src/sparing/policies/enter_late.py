@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from sparing.plan import LayerPlan, ModelShape, Policy, View
+from sparing.plan import LayerPlan, ModelShape, Policy, PromptView, Selection, View
+from sparing.plan.selection import chosen_in, remembered
 from sparing.tokens import Group, TokenMap
 
 
@@ -19,7 +20,8 @@ class EnterLate(Policy):
         entry: first layer that computes and reads the group (0: from the start).
         exit: first layer that no longer does; `None`: to the end.
         groups: which tokens; image tokens by default.
-        where: instead of `groups`: `TokenMap -> [b t]` mask over the tokens of a pass.
+        where: instead of `groups`: a `Selection` (tokens of a class: `OfClass`), or a function `TokenMap -> [b t]` mask over the
+            tokens of a pass.
 
     Raises:
         ValueError: `entry` after `exit`, or (when applied) beyond the model's depth.
@@ -34,11 +36,13 @@ class EnterLate(Policy):
         exit: int | None = None,
         *,
         groups: Iterable[Group] = (Group.IMAGE,),
-        where: Callable[[TokenMap], Tensor] | None = None,
+        where: Selection | Callable[[TokenMap], Tensor] | None = None,
     ) -> None:
         if entry < 0 or (exit is not None and exit < entry):
             raise ValueError(f"EnterLate(entry={entry}, exit={exit}): give 0 <= entry <= exit")
         self.entry, self.exit, self.groups, self.where = entry, exit, tuple(groups), where
+        # A selection looks at the whole prompt.
+        self.causal = not isinstance(where, Selection)
 
     def validate(self, shape: ModelShape) -> None:
         """Entry and exit must lie within the model (at its depth: never, or to the end)."""
@@ -52,7 +56,14 @@ class EnterLate(Policy):
         """The group does not occur, or it is never away."""
         if self.entry == 0 and self.exit is None:
             return True
+        if isinstance(self.where, Selection):
+            return self.where.idle(tokens)
         return self.where is None and Group.TEXT not in self.groups and not tokens.has(*self.groups)
+
+    def start(self, view: PromptView) -> None:
+        """A selection decides once."""
+        if isinstance(self.where, Selection):
+            view.state["chosen"] = chosen_in(view, self.where)
 
     def plan_attend(self, view: View) -> LayerPlan:
         """Away before the entry and after the exit."""
@@ -60,11 +71,16 @@ class EnterLate(Policy):
             return LayerPlan()
         if self.where is None and not view.new.has(*self.groups):
             return LayerPlan()
-        others = view.shared("enter_late", lambda: ~(self.where or self._of_groups)(view.new), self)
+        others = view.shared("enter_late", lambda: ~self._chosen(view), self)
         return LayerPlan(attend=others, feed=others, read=others)
 
-    def _of_groups(self, tokens: TokenMap) -> Tensor:
-        return tokens.of(*self.groups)
+    def _chosen(self, view: View) -> Tensor:
+        if self.where is None:
+            return view.new.of(*self.groups)
+        if not isinstance(self.where, Selection):
+            return self.where(view.new)
+        chosen = remembered(view, "chosen")
+        return view.new.valid & False if chosen is None else chosen[:, -view.new.length :]
 
     def never(self, layer: int) -> bool:
         """Whether the group is away in a layer."""
@@ -72,5 +88,6 @@ class EnterLate(Policy):
 
     def __repr__(self) -> str:
         """As constructed."""
-        what = "where=..." if self.where else f"groups={[g.name for g in self.groups]}"
+        where = repr(self.where) if isinstance(self.where, Selection) else "..."
+        what = f"where={where}" if self.where else f"groups={[g.name for g in self.groups]}"
         return f"EnterLate({self.entry}, {self.exit}, {what})"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from sparing.anatomy import anatomy_of
-from sparing.checkpoint.registry import known_policies, rebuild_untrained
+from sparing.checkpoint.registry import known_policies, rebuild_untrained, selections_in
 from sparing.evaluate.profile import Profiler, Settings
 from sparing.evaluate.task import NotApplicable, Progress, Subject
 from sparing.evaluate.windows import read_text
@@ -105,11 +105,42 @@ class UsePolicy(Method):
         parameters = inspect.signature(known_policies()[self.policy]).parameters
         if strays := [name for name in self.arguments if name not in parameters]:
             raise ValueError(unknown(f"argument of {self.policy}", strays[0], parameters))
+        selections_in(self.arguments)
+
+    def check(self) -> None:
+        """What its selections read must be there, and they must be able to choose something."""
+        for kind, given in selections_in(self.arguments).values():
+            kind(**given)
+
+    def files(self) -> tuple[Path, ...]:
+        """What its selections read."""
+        found = selections_in(self.arguments).values()
+        return tuple(
+            Path(given[name]) for kind, given in found for name in kind.paths if isinstance(given.get(name), str)
+        )
+
+    def placed(self, folder: Path) -> UsePolicy:
+        """The same with the files of its selections taken from a folder."""
+        arguments = dict(self.arguments)
+        for key, (kind, given) in selections_in(arguments).items():
+            moved = {name: str(folder / given[name]) for name in kind.paths if isinstance(given.get(name), str)}
+            arguments[key] = {next(iter(arguments[key])): {**given, **moved}}
+        return dataclasses.replace(self, arguments=arguments)
+
+    def _selecting(self, seed: int) -> dict[str, Any]:
+        """The arguments, with the seed in every selection that takes one and was given none."""
+        arguments = dict(self.arguments)
+        for key, (kind, given) in selections_in(arguments).items():
+            own = {"seed": seed} if "seed" in inspect.signature(kind).parameters else {}
+            arguments[key] = {next(iter(arguments[key])): {**own, **given}}
+        return arguments
 
     @property
     def seeded(self) -> bool:
         """Routers are drawn at random, and so is a choice that takes a seed."""
         cls = known_policies()[self.policy]
+        if selections := selections_in(self.arguments).values():
+            return any("seed" not in given and kind(**given).seeded for kind, given in selections)
         return issubclass(cls, nn.Module) or "seed" in inspect.signature(cls).parameters
 
     def prepare(self, subject: Subject, *, seed: int, on_step: Progress | None = None) -> Prepared:
@@ -117,7 +148,7 @@ class UsePolicy(Method):
         parameters = inspect.signature(known_policies()[self.policy]).parameters
         shape = anatomy_of(subject.model).shape()
         own = {"hidden": shape.layers[0].hidden, "depth": shape.depth, "seed": seed}
-        arguments = {name: value for name, value in own.items() if name in parameters} | dict(self.arguments)
+        arguments = {name: value for name, value in own.items() if name in parameters} | self._selecting(seed)
         try:
             policy = rebuild_untrained(self.policy, arguments)
             if isinstance(policy, nn.Module):

@@ -50,8 +50,10 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 
 
 def placed(instance: T, folder: Path) -> T:
-    """The same settings with relative paths taken from a folder."""
+    """The same settings with relative paths taken from a folder; the instance's own `placed` says it where there is one."""
     assert dataclasses.is_dataclass(instance)
+    if (own := getattr(instance, "placed", None)) is not None:
+        return own(folder)
     moved = {
         field.name: folder / value
         for field in dataclasses.fields(instance)

@@ -50,6 +50,10 @@ class ImageSpan(NamedTuple):
         rows = torch.arange(height).unsqueeze(1) * (self.stride or width)
         return self.start + self.offset + rows + torch.arange(width)
 
+    def encoded(self) -> Int[Tensor, " n"]:
+        """The original index of each token that shows something: patches, and what lies before them, but no newline."""
+        return torch.cat([torch.arange(self.start, self.start + self.offset), self.patches().flatten()])
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
