@@ -4,7 +4,8 @@ import numpy as np
 from PIL import Image
 
 from sparing.evaluate.answering import Answer, Arm
-from sparing.evaluate.looking import LensWords, Look, SeenPicture, TokenClasses, WordMaps
+from sparing.evaluate.grids import SeenPicture
+from sparing.evaluate.looking import LensWords, Look, TokenClasses, WordMaps
 
 HOSTILE = "</script><img src=x onerror=\"document.body.dataset.ran='yes'\">"
 RUN = {"command": "sparing look", "started": "2026-01-01", "hardware": {"cpu": "none", "threads": 1, "gpus": []}}
@@ -35,8 +36,8 @@ def look(side=24, depth=32, k=10, vocabulary=32000, words=100, hostile=False, se
             ids[:, :, 0] = 0
         scores = -np.sort(-rng.random((levels, n, k)), -1).astype(np.float32)
         lenses.append(LensWords(name, unit, ids, scores if unit == "cosine" else np.log(scores + 1e-3)))
-    searched = tuple(range(words))
-    used = {int(i) for lens in lenses for i in np.unique(lens.ids)} | set(searched)
+    searched = tuple((i,) for i in range(words - 1)) + ((3, 4),)
+    used = {int(i) for lens in lenses for i in np.unique(lens.ids)} | set(range(words))
     large, wide = photograph(14 * side, 14 * side), photograph(90, 60, 1)
     label = HOSTILE if hostile else "wide.png"
     pictures = (
@@ -69,7 +70,7 @@ def look(side=24, depth=32, k=10, vocabulary=32000, words=100, hostile=False, se
         words={i: names[i] for i in used},
         maps=WordMaps(searched, rng.normal(0, 0.2, (levels, n, words)).astype(np.float32), False),
         classes=TokenClasses(
-            ("alive", "dead", "sink", "vit_sink", "llm_sink"), rng.choice(5, n, p=[0.6, 0.28, 0.02, 0.06, 0.04]), "Made up", ("a note",)
+            ("alive", "dead", "vit_sink", "llm_sink", "newline"), np.r_[rng.choice(4, n - 3, p=[0.6, 0.28, 0.08, 0.04]), [4, 4, 4]], "Made up", ("a note",)
         ),
         arms=arms,
         seconds=1.5,

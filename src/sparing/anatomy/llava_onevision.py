@@ -95,6 +95,14 @@ class LlavaOnevisionAnatomy(VisionAnatomy):
             found.append(whole[:, high : down * height - high, wide : across * width - wide])
         return found
 
+    def overviews(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"] | None]:
+        """As in `VisionAnatomy`: the first tile, where there are others."""
+        layouts = self.layouts(inputs)
+        return [
+            self._covered(tiles[0]) if layout.offset else None
+            for layout, tiles in zip(layouts, inputs["pixel_values"], strict=True)
+        ]
+
     def encoder_flops(self) -> int:
         """One tile: patch embedding, all layers, and the projector. Not counted: the scaling down of very large pictures."""
         vision = self.config.vision_config

@@ -67,6 +67,10 @@ class VisionAnatomy(Anatomy):
         """
         return [self._covered(one) for one in inputs["pixel_values"].flatten(0, -4)]
 
+    def overviews(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"] | None]:
+        """Of each picture, what the encoder is given as a whole beside its tiles, where those tokens lie before its grid."""
+        return [None] * len(self.pixels(inputs))
+
     def _covered(self, picture: Tensor) -> Tensor:
         """A picture without the edge that is too narrow for a patch."""
         high, wide = both_sides(self.config.vision_config.patch_size)

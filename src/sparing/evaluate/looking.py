@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
-from PIL.Image import Image
+from torch import Tensor, nn
 
-from sparing.evaluate.answering import Arm
+from sparing.anatomy import anatomy_of, ask
+from sparing.evaluate.answering import Arm, answers
+from sparing.evaluate.grids import SeenPicture, grids_of
+from sparing.evaluate.pictures import OpenedPicture
+from sparing.lens import Recording, WordReading, embedding_lens, find_words, logit_lens, record
+from sparing.lens.words import readable
+from sparing.tokens import Group, TokenMap, TokenProfile
+from sparing.tokens.profile import CLASSES
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SeenPicture:
-    """One grid of visual tokens: a picture, or a tile of one.
-
-    Attributes:
-        name: of the picture, and which part of it this is.
-        image: what the encoder was given of it, the grid evenly over it.
-        original: the picture before the processor; the same for all parts of one picture.
-        places: `[height width]`, which of the `n` tokens each cell of the grid is.
-        extra: tokens of it that are no cell of the grid: which of the `n`, and what it is.
-        notes: what was done to the picture before.
-    """
-
-    name: str
-    image: Image
-    original: Image
-    places: Int[np.ndarray, "h w"]
-    extra: tuple[tuple[int, str], ...] = ()
-    notes: tuple[str, ...] = ()
+READINGS = 600_000
+"""Words of one lens that a page can bear: 8 bytes each, both lenses together."""
+MAPPED = 1_500_000
+"""Cosines of words that can be searched for: a byte each."""
+SHOWN = ("alive", "dead", "vit_sink", "llm_sink")
+"""Classes in the order in which they are shown."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,12 +52,12 @@ class WordMaps:
     """The cosine of every visual token to single words, whether or not these are among its best.
 
     Attributes:
-        ids: token ids of the words.
+        ids: token ids of each word, one or several.
         scores: the cosines.
         complete: whether these are all words of the vocabulary.
     """
 
-    ids: tuple[int, ...]
+    ids: tuple[tuple[int, ...], ...]
     scores: Float[np.ndarray, "levels n words"]
     complete: bool
 
@@ -152,3 +149,165 @@ class Look:
             "notes": list(self.notes),
             "seconds": self.seconds,
         }
+
+
+def look(
+    model: nn.Module,
+    processor: Any,
+    pictures: Sequence[OpenedPicture],
+    question: str,
+    profile: TokenProfile,
+    *,
+    source: str = "As a given profile tells them",
+    k: int = 10,
+    seeds: int = 3,
+    max_new_tokens: int = 24,
+    repeats: int = 3,
+    on_step: Callable[[str], None] = lambda line: None,
+) -> Look:
+    """Ask a question about pictures once, and read every visual token with both lenses.
+
+    Args:
+        model: a Hugging Face vision-language model of a known family.
+        processor: its processor.
+        pictures: they go in front of the question, in this order.
+        question: without image tokens.
+        profile: tells the classes of this model's visual tokens.
+        source: where the profile comes from, as a sentence.
+        k: words a token and level. Fewer are kept, and then fewer levels, where a page could not bear them; a note says so.
+        seeds: random controls of each answer.
+        max_new_tokens: most tokens of an answer.
+        repeats: timed prefills; 0 for none.
+        on_step: called before each part with what it is.
+
+    Raises:
+        ValueError: what `ask` refuses, no picture, or a profile of another checkpoint.
+    """
+    started = time.perf_counter()
+    if not pictures:
+        raise ValueError("expected a picture to look at, got none")
+    profile.check(model)
+    on_step("reading the pictures")
+    inputs = ask(model, processor, [question], [[picture.image for picture in pictures]])
+    anatomy, tokenizer = anatomy_of(model), processor.tokenizer
+    tokens = TokenMap.from_inputs(model, inputs)
+    visual = int(tokens.of(Group.IMAGE).sum())
+    k, levels = _affordable(visual, len(anatomy.layers), min(k, anatomy.vocabulary))
+    recording = record(model, inputs, where=Group.IMAGE, levels=levels)
+    on_step("reading with the embedding lens")
+    embedded = embedding_lens(model, recording, k=k)
+    on_step("reading with the logit lens")
+    voiced = logit_lens(model, recording, k=k)
+    classes = _classes(profile, recording, tokens, anatomy, source)
+    counts = {name: n for name, n in classes.counts.items() if name in CLASSES}
+    room = anatomy.text_config.max_position_embeddings - tokens.length
+    if room < 1:
+        raise ValueError(f"the prompt's {tokens.length} tokens leave no room for an answer: use fewer or smaller pictures")
+    arms = answers(
+        model,
+        processor,
+        inputs,
+        profile,
+        counts,
+        seeds=seeds,
+        max_new_tokens=min(max_new_tokens, room),
+        repeats=repeats,
+        on_step=on_step,
+    )
+    assert arms[0].answer is not None
+    on_step("searching words")
+    maps = _maps(model, tokenizer, recording, embedded, f"{question} {arms[0].answer.text}")
+    seen = {*embedded.ids.unique().tolist(), *voiced.ids.unique().tolist(), *(i for word in maps.ids for i in word)}
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    return Look(
+        model={
+            "name": getattr(model, "name_or_path", "") or type(model).__name__,
+            "family": anatomy.config.model_type,
+            "layers": len(anatomy.layers),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "device": str(weight.device),
+        },
+        question=question,
+        answer=arms[0].answer.text,
+        prompt_tokens=tokens.length,
+        pictures=tuple(grids_of(model, processor, inputs, tokens, embedded, pictures, question)),
+        index=recording.index[:, 1].cpu().numpy(),
+        levels=levels,
+        depth=len(anatomy.layers),
+        norms=embedded.norms.cpu().numpy(),
+        lenses=(
+            LensWords("embedding lens", "cosine", embedded.ids.cpu().numpy(), embedded.scores.cpu().numpy()),
+            LensWords("logit lens", "log-probability", voiced.ids.cpu().numpy(), voiced.scores.cpu().numpy()),
+        ),
+        words={i: readable(tokenizer, i) for i in seen},
+        maps=maps,
+        classes=classes,
+        arms=arms,
+        notes=tuple(_notes(tokenizer, question, visual, k, levels, len(anatomy.layers))),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _affordable(visual: int, depth: int, k: int) -> tuple[int, tuple[int, ...]]:
+    """Words and levels that a page can bear: fewer words first, then fewer levels, the first and last among them."""
+    k = max(min(k, 3), min(k, READINGS // (visual * (depth + 1)))) if visual else k
+    most = max(2, READINGS // max(1, visual * k))
+    if most > depth:
+        return k, tuple(range(depth + 1))
+    return k, tuple(sorted({round(i * depth / (most - 1)) for i in range(most)}))
+
+
+def _notes(
+    tokenizer: Any, question: str, visual: int, k: int, levels: tuple[int, ...], depth: int
+) -> Iterator[str]:
+    if (unknown := tokenizer.unk_token_id) is not None:
+        ids = tokenizer(question, add_special_tokens=False)["input_ids"]
+        if missing := ids.count(unknown):
+            yield f"The tokenizer does not know {missing} of the question's {len(ids)} words: the model reads {tokenizer.unk_token} there."
+    if len(levels) <= depth:
+        yield f"With {visual} visual tokens the page holds {k} words a token at {len(levels)} of {depth + 1} levels."
+
+
+def _classes(
+    profile: TokenProfile, recording: Recording, tokens: TokenMap, anatomy: Any, source: str
+) -> TokenClasses:
+    """The class of each token; newlines, which show nothing, are told apart from them."""
+    words = anatomy.model.get_input_embeddings().weight if profile.rule == "words" else None
+    told = profile.classify(recording.at(0), vocabulary=words)
+    assert isinstance(told, Tensor)
+    encoded = torch.zeros(tokens.length, dtype=torch.bool)
+    for span in tokens.images[0]:
+        encoded[span.encoded()] = True
+    shows = encoded[recording.index[:, 1].cpu()].numpy()
+    order = np.array([SHOWN.index(name) for name in CLASSES])
+    of = np.where(shows, order[told.cpu().numpy()], len(SHOWN))
+    names = SHOWN if shows.all() else (*SHOWN, "newline")
+    return TokenClasses(names, of, source, profile.notes)
+
+
+def _maps(
+    model: nn.Module, tokenizer: Any, recording: Recording, reading: WordReading, text: str
+) -> WordMaps:
+    """Cosines to every word, if a page can bear these; else to those of a text and the most frequent best ones."""
+    levels, n, _ = reading.ids.shape
+    most, size = MAPPED // max(1, levels * n), anatomy_of(model).vocabulary
+    if size <= most:
+        ids: list[tuple[int, ...]] = [(i,) for i in range(size)]
+    else:
+        ids = list(dict.fromkeys(_pieces(tokenizer, text)))[:most]
+        best, times = reading.ids[..., 0].flatten().unique(return_counts=True)
+        frequent = [(int(i),) for i in best[times.argsort(descending=True)]]
+        ids = [*ids, *(one for one in frequent if one not in set(ids))][:most]
+    scores = find_words(model, recording, ids).cpu().numpy()
+    return WordMaps(tuple(ids), scores, size <= most)
+
+
+def _pieces(tokenizer: Any, text: str) -> Iterator[tuple[int, ...]]:
+    """The words of a text as the tokenizer cuts them, behind a space and without one."""
+    for word in re.findall(r"\w+", text):
+        for form in (f" {word}", word):
+            ids = tuple(tokenizer(form, add_special_tokens=False)["input_ids"])
+            # A lone space in front is a piece of its own in some vocabularies, and would blur the mean.
+            if ids and tokenizer.unk_token_id not in ids and readable(tokenizer, ids[0]).strip():
+                yield ids

@@ -5,14 +5,20 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sparing.worlds import scenes
 
 MOST_PIXELS = 100_000_000
 """Pixels that are decoded at most: 300 MB."""
 LONGEST, SHORTEST = 4096, 32
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+NEUTRAL = ("What is in this picture?", "what colour is background ?")
+"""Questions about any picture; the second one in the words of `worlds.scenes`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +79,28 @@ def pictures_in(folder: str | Path, most: int | None = None) -> list[OpenedPictu
     if not found:
         raise ValueError(f"there is no picture in {folder}: its files must end in {', '.join(sorted(SUFFIXES))}")
     return [open_picture(path) for path in found[:most]]
+
+
+def drawn_pictures(number: int, seed: int = 0) -> list[OpenedPicture]:
+    """Pictures of the world `scenes`, of its test split."""
+    stream = scenes.stream("test", seed)
+    return [OpenedPicture(f"scene {i + 1}", scenes.picture(next(stream))) for i in range(number)]
+
+
+def demo_picture(seed: int = 0) -> tuple[OpenedPicture, str]:
+    """A picture of the world `scenes` with a few things in it, and a question about one of them."""
+    rng = np.random.default_rng(seed)
+    for scene in scenes.stream("test", seed):
+        if len(scene.things) >= 5 and (asked := scenes.ask(scene, rng, "shape")) is not None:
+            return OpenedPicture("demo", scenes.picture(scene)), asked.text
+    raise AssertionError("the stream of scenes has no end")
+
+
+def neutral_question(tokenizer: Any) -> str:
+    """A question about any picture, in words that a model knows."""
+    unknown = tokenizer.unk_token_id
+    known = (text for text in NEUTRAL if unknown not in tokenizer(text, add_special_tokens=False)["input_ids"])
+    return next(known, NEUTRAL[0])
 
 
 def _too_large(path: Path, size: str) -> ValueError:

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +15,21 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sparing.evaluate.answering import Answer
-from sparing.evaluate.looking import LensWords, Look, SeenPicture
+from sparing.evaluate.grids import SeenPicture
+from sparing.evaluate.looking import LensWords, Look
 from sparing.study.pages.document import page_environment, write_page
 
 STEPS = 255
 THUMBNAIL, LARGEST = 480, 1024
 # What a class is told by beside its colour: a letter (and in the style sheet a pattern).
-LETTERS = {"alive": "", "dead": "D", "sink": "S", "vit_sink": "V", "llm_sink": "L"}
+LETTERS = {"alive": "", "dead": "D", "vit_sink": "V", "llm_sink": "L", "newline": "N"}
 CLASS_NAMES = {"vit_sink": "ViT sink", "llm_sink": "LLM sink"}
 MEANINGS = {
     "alive": "matches no sink and no dead cluster: carries what is particular to this picture",
     "dead": "in the largest cluster, much the same in every picture and at every level",
-    "sink": "nearly the same in every picture",
     "vit_sink": "a sink that the vision encoder makes: a patch of unusual norm",
     "llm_sink": "a sink that the language model makes: it comes to look like the first token",
+    "newline": "a learned token at the end of a row of the grid: shows nothing, and belongs to no class",
 }
 
 
@@ -70,7 +71,7 @@ def render_look(look: Look, run: Mapping[str, Any]) -> str:
     """The page as HTML. Everything that comes from a model, a tokenizer or a file's name is escaped."""
     environment = page_environment()
     environment.filters.update(tally=_tally)
-    table = _Words(look.words)
+    table = _Words(look)
     lenses = [_lens(lens, table) for lens in look.lenses]
     maps, map_error = _maps(look, table)
     classes = [
@@ -94,7 +95,6 @@ def render_look(look: Look, run: Mapping[str, Any]) -> str:
         "lenses": lenses,
         "norms": [_packed(level.astype("<f4")) for level in look.norms],
         "wide": table.wide,
-        # Filled by now.
         "words": table.words,
         "maps": maps,
         **_pictures(look.pictures),
@@ -121,34 +121,32 @@ def _tally(answers: Sequence[Answer], dense: str) -> list[tuple[str, int, bool]]
 
 
 class _Words:
-    """Each word that occurs once, by its place in a list."""
+    """Each word that occurs once, by its place in a list. A word of several pieces is its own, not its pieces."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
-        self.names = names
-        self.places: dict[int, int] = {}
+    def __init__(self, look: Look) -> None:
+        self.names = look.words
+        self.places: dict[int | tuple[int, ...], int] = {}
+        # Places are counted before they are given: how wide they are is the same everywhere.
+        self.wide = 2 if len(look.words) + len(look.maps.ids) <= 1 << 16 else 4
 
-    def of(self, ids: Iterable[int]) -> dict[int, int]:
-        """Where the words are in the list; new ones are added."""
-        for one in ids:
-            self.places.setdefault(one, len(self.places))
-        return self.places
+    def place(self, word: int | tuple[int, ...]) -> int:
+        """Where a word is in the list; a new one is added."""
+        word = word[0] if isinstance(word, tuple) and len(word) == 1 else word
+        return self.places.setdefault(word, len(self.places))
 
     @property
     def words(self) -> list[str]:
         """The list."""
-        return [self.names[one] for one in self.places]
-
-    @property
-    def wide(self) -> int:
-        """Bytes of a place, in what was packed."""
-        return 2 if len(self.names) <= 1 << 16 else 4
+        return [
+            self.names[word] if isinstance(word, int) else "".join(self.names[piece] for piece in word)
+            for word in self.places
+        ]
 
 
 def _lens(lens: LensWords, table: _Words) -> dict[str, Any]:
     """A lens's words and scores, each level on its own."""
     different, inverse = np.unique(lens.ids, return_inverse=True)
-    places = table.of(different.tolist())
-    local = np.array([places[one] for one in different.tolist()])[inverse.reshape(lens.ids.shape)]
+    local = np.array([table.place(word) for word in different.tolist()])[inverse.reshape(lens.ids.shape)]
     levels = [quantise(level) for level in lens.scores]
     return {
         "name": lens.name,
@@ -162,11 +160,10 @@ def _lens(lens: LensWords, table: _Words) -> dict[str, Any]:
 
 def _maps(look: Look, table: _Words) -> tuple[dict[str, Any], float]:
     """The cosines of single words, word after word within a level, and the most that one of them is off by."""
-    places = table.of(look.maps.ids)
     levels = [[quantise(word) for word in level.T] for level in look.maps.scores]
     error = max((word.error for level in levels for word in level), default=0.0)
     packed = {
-        "words": [places[one] for one in look.maps.ids],
+        "words": [table.place(word) for word in look.maps.ids],
         "scores": [_packed(np.concatenate([word.codes for word in level])) if level else "" for level in levels],
         "ranges": [[[_short(word.low), _short(word.high)] for word in level] for level in levels],
     }

@@ -112,7 +112,7 @@ function build() {
   pattern("p-dead", 5, 45, "M0 0V5", line);
   pattern("p-vit_sink", 4, 0, "M2 0V4", line);
   pattern("p-llm_sink", 4, 90, "M2 0V4", line);
-  for (const name of ["sink", "other0", "other1", "other2"]) pattern("p-" + name, 5, 0, "M2.5 2.5h.01", { stroke: "#fff", "stroke-width": 1.9, "stroke-linecap": "round", "stroke-opacity": 0.8 });
+  for (const name of ["newline", "other0", "other1", "other2"]) pattern("p-" + name, 5, 0, "M2.5 2.5h.01", { stroke: "#fff", "stroke-width": 1.9, "stroke-linecap": "round", "stroke-opacity": 0.8 });
   const layers = drawn("g", { class: "kinds" });
   data.classes.forEach((one, i) => {
     let path = "";
