@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from sparing.anatomy.vision import VisionAnatomy, both_sides, transformer_flops
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sparing.anatomy.vision import VisionAnatomy, both_sides, largest_of_block, transformer_flops
 from sparing.tokens import ImageSpan
 
 
@@ -24,6 +29,10 @@ class InternVLAnatomy(VisionAnatomy):
         """A tile."""
         height, width = self.grid
         return ImageSpan(0, height * width, self.grid)
+
+    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """A token has the largest of the patches that are shuffled into it."""
+        return largest_of_block(self.patch_features(features).float().norm(dim=-1), self.grid).flatten()
 
     def encoder_flops(self) -> int:
         """One tile: patch embedding, all layers (class token included), and the projector after the shuffle."""

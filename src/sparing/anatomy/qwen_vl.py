@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -69,9 +70,7 @@ class QwenVLAnatomy(VisionAnatomy):
             # Frames of one picture repeat it: the first is enough.
             shape = (height // merge, width // merge, merge, merge, vision.in_channels, -1, high, wide)
             tiles = patches.reshape(shape)[:, :, :, :, :, 0]
-            found.append(
-                tiles.permute(4, 0, 2, 5, 1, 3, 6).reshape(vision.in_channels, height * high, width * wide)
-            )
+            found.append(tiles.permute(4, 0, 2, 5, 1, 3, 6).reshape(vision.in_channels, height * high, width * wide))
         return found
 
     def read_tokens(self, inputs: Mapping[str, Any]) -> TokenMap:
@@ -93,6 +92,11 @@ class QwenVLAnatomy(VisionAnatomy):
     def rotary(self, hidden: Tensor, position_ids: Tensor, kind: str = "all") -> tuple[Tensor, Tensor]:
         """Cosines and sines `[b t head_dim]`, each part of a head turned by its axis."""
         return super().rotary(hidden, self.positions(position_ids), kind)
+
+    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """A token has the largest of the patches that are merged into it."""
+        merge = self.config.vision_config.spatial_merge_size**2
+        return features.last_hidden_state.float().norm(dim=-1).unflatten(0, (-1, merge)).amax(1)
 
     def encoder_flops(self) -> int:
         """For a picture of 32 x 32 patches. The ledger counts every picture's own (`picture_flops`)."""
@@ -126,6 +130,20 @@ class Qwen2_5VLAnatomy(QwenVLAnatomy):
 
     model_types = ("qwen2_5_vl",)
     decoders: ClassVar[Mapping[str, str]] = {"qwen2_5_vl_text": "qwen2"}
+
+    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """As in `QwenVLAnatomy`; the encoder keeps patches by windows, and the order of tokens comes back at its end."""
+        vision, start = self.config.vision_config, 0
+        (wide, _), merge, order = both_sides(vision.patch_size), vision.spatial_merge_size, []
+        side = vision.window_size // merge // wide
+        for _, height, width in inputs["image_grid_thw"].tolist():
+            down, across = height // merge, width // merge
+            row, column = torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij")
+            window = row // side * across + column // side
+            order.append(start + window.flatten().argsort(stable=True))
+            start += down * across
+        norms = super().feature_norms(features, inputs)
+        return norms[torch.cat(order).argsort().to(norms.device)]
 
     def layer_flops(self, patches: int) -> int:
         """Most layers attend within windows. Windows cut by a picture's edge count as whole ones."""

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparing.anatomy.base import HFModule
-from sparing.anatomy.vision import VisionAnatomy, both_sides, transformer_flops
+from sparing.anatomy.vision import VisionAnatomy, both_sides, largest_of_block, transformer_flops
 
 
 class SmolVLMAnatomy(VisionAnatomy):
@@ -40,6 +40,10 @@ class SmolVLMAnatomy(VisionAnatomy):
         """As in `VisionAnatomy`: one a tile. Rows with fewer tiles than others are filled up with black ones, which are left out."""
         rows = inputs["pixel_values"]
         return [self._covered(tile) for row in rows for tile in row if bool((tile != 0).any())]
+
+    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """A token has the largest of the patches that are shuffled into it."""
+        return largest_of_block(features.last_hidden_state.float().norm(dim=-1), self.grid).flatten()
 
     def encoder_flops(self) -> int:
         """One tile: patch embedding, all layers, and the projection after the shuffle. Padded patches run too, and count."""

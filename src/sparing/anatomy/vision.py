@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -109,6 +111,24 @@ class VisionAnatomy(Anatomy):
                 f"the inputs describe {left} more pictures than there are in the text: build them with one processor call"
             )
         return tuple(rows)
+
+    def patch_features(self, features: Any) -> Tensor:
+        """What the projector reads of the encoder's output, `[tiles patches d]`: of the layer that the config names, without
+        the class token where the config leaves it out.
+        """
+        layer = getattr(self.config, "vision_feature_layer", -1)
+        if isinstance(layer, int):
+            states = features.last_hidden_state if features.hidden_states is None else features.hidden_states[layer]
+        else:
+            states = torch.cat([features.hidden_states[i] for i in layer], dim=-1)
+        return states[:, 1:] if self.config.vision_feature_select_strategy == "default" else states
+
+
+def largest_of_block(norms: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`[tiles patches]`, square tiles of patches, to the largest norm within each token of a `grid`, `[tiles tokens]`."""
+    side = math.isqrt(norms.shape[1])
+    tiles = norms.unflatten(1, (grid[0], side // grid[0], grid[1], side // grid[1]))
+    return tiles.amax((2, 4)).flatten(1)
 
 
 def _encoded(inputs: Mapping[str, Any], kind: str) -> Any:

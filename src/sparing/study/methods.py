@@ -116,14 +116,14 @@ class UsePolicy(Method):
         """What its selections read."""
         found = selections_in(self.arguments).values()
         return tuple(
-            Path(given[name]) for kind, given in found for name in kind.paths if isinstance(given.get(name), str)
+            Path(given[name]) for kind, given in found for name in kind.paths if isinstance(given.get(name), str | Path)
         )
 
     def placed(self, folder: Path) -> UsePolicy:
         """The same with the files of its selections taken from a folder."""
         arguments = dict(self.arguments)
         for key, (kind, given) in selections_in(arguments).items():
-            moved = {name: str(folder / given[name]) for name in kind.paths if isinstance(given.get(name), str)}
+            moved = {name: folder / given[name] for name in kind.paths if isinstance(given.get(name), str)}
             arguments[key] = {next(iter(arguments[key])): {**given, **moved}}
         return dataclasses.replace(self, arguments=arguments)
 
