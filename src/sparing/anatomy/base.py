@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -75,6 +76,37 @@ class Anatomy(abc.ABC):
     def lm_head(self) -> HFModule:
         """The output matrix."""
         return self.model.get_output_embeddings()
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding matrix."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Words as they enter the first layer: `[n]` -> `[n d]`, with the factor that the family gives them (Gemma)."""
+        return self.model.get_input_embeddings()(ids)
+
+    @property
+    def final_cap(self) -> float | None:
+        """`c` where logits become `c tanh(logit / c)`."""
+        return None
+
+    @property
+    def sliceable_head(self) -> bool:
+        """Whether logits of some words can be had without those of all others: the output matrix is a plain, unwrapped one."""
+        head = self.lm_head
+        return type(head) is nn.Linear and not head._forward_hooks and not hasattr(head, "_hf_hook")
+
+    def logits(self, normed: Tensor, words: slice | Tensor) -> Tensor:
+        """Logits of some words, the family's cap included: `[n d]`, behind the final norm, -> `[n w]`, in float32."""
+        head, cap = self.lm_head, self.final_cap
+        if self.sliceable_head:
+            bias = None if head.bias is None else head.bias[words].float()
+            out = F.linear(normed.float(), head.weight[words].float(), bias)
+        else:
+            # Quantised, offloaded or wrapped by LoRA: only the module itself knows its product.
+            out = head(normed.to(next(self.decoder.norm.parameters()).dtype))[..., words].float()
+        return out if cap is None else cap * torch.tanh(out / cap)
 
     def attention(self, layer: int) -> HFModule:
         """The attention module of a layer."""
@@ -231,6 +263,11 @@ class Anatomy(abc.ABC):
             `None` where the family cannot tell.
         """
         return None
+
+    @property
+    def projector(self) -> tuple[HFModule, ...]:
+        """The modules that turn what the vision encoder sees into tokens; empty without one."""
+        return ()
 
     @property
     def pictures_from(self) -> HFModule | None:

@@ -8,7 +8,7 @@ from sparing.anatomy.base import Anatomy, HFModule
 
 
 class GemmaAnatomy(Anatomy):
-    """`Gemma2ForCausalLM` and `Gemma3ForCausalLM`. Their embedding module scales; the final cap is in the model's forward."""
+    """`Gemma2ForCausalLM` and `Gemma3ForCausalLM`. Their embedding module scales; their forward caps the logits."""
 
     model_types = ("gemma2", "gemma3_text")
     layer_types = ("full_attention", "sliding_attention")
@@ -57,6 +57,11 @@ class GemmaAnatomy(Anatomy):
         if not self._third:
             return super().rotary(hidden, position_ids, kind)
         return self.decoder.rotary_emb(hidden, position_ids, kind)
+
+    @property
+    def final_cap(self) -> float | None:
+        """Of the logits."""
+        return self.text_config.final_logit_softcapping
 
     def softcap(self, layer: int) -> float | None:
         """Gemma 3's config has one too, but its attention does not use it."""

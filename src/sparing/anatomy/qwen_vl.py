@@ -29,6 +29,11 @@ class QwenVLAnatomy(VisionAnatomy):
         return self.model.model.visual
 
     @property
+    def projector(self) -> tuple[HFModule, ...]:
+        """The merger at the encoder's end, and those of the features that are added between layers."""
+        return (self.vision_encoder.merger, *getattr(self.vision_encoder, "deepstack_merger_list", ()))
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Pictures have sizes of their own; this one, of 32 x 32 patches, stands for them where one must."""
         side = 32 // self.config.vision_config.spatial_merge_size

@@ -31,6 +31,11 @@ class SmolVLMAnatomy(VisionAnatomy):
         return self.model.model.vision_model
 
     @property
+    def projector(self) -> tuple[HFModule, ...]:
+        """The connector: shuffle and projection."""
+        return (self.model.model.connector,)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Height and width of a tile in tokens; one token covers several patches of the encoder."""
         (height, width), factor = super().grid, self.config.scale_factor

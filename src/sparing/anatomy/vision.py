@@ -35,6 +35,11 @@ class VisionAnatomy(Anatomy):
         return self.model.model.vision_tower
 
     @property
+    def projector(self) -> tuple[HFModule, ...]:
+        """The one between the tower and the language model."""
+        return (self.model.model.multi_modal_projector,)
+
+    @property
     def pictures_from(self) -> HFModule:
         """The model around the language model."""
         return self.model.model

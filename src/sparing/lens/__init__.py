@@ -1,5 +1,19 @@
 """Lenses: observe what tokens hold, and never change the result."""
 
+from sparing.lens.embedding_lens import embedding_lens, find_words
+from sparing.lens.logit_lens import logit_lens
+from sparing.lens.nulls import norm_matched, shuffled, untrained_projector
 from sparing.lens.record import Recording, record
+from sparing.lens.words import WordReading
 
-__all__ = ["Recording", "record"]
+__all__ = [
+    "Recording",
+    "WordReading",
+    "embedding_lens",
+    "find_words",
+    "logit_lens",
+    "norm_matched",
+    "record",
+    "shuffled",
+    "untrained_projector",
+]

@@ -51,6 +51,36 @@ class Recording:
             raise ValueError(f"level {level} was not recorded; recorded are {', '.join(map(str, self.levels))}")
         return self.states[self.levels.index(level)]
 
+    def only(
+        self,
+        where: Group | Iterable[Group] | Bool[Tensor, "b t"] | None = None,
+        levels: Iterable[int] | None = None,
+    ) -> Recording:
+        """The part of it that a call of `record` with these arguments would have kept, as far as it was kept at all.
+
+        Args:
+            where: groups, or a mask; every kept token by default.
+            levels: some of the kept levels; all of them by default.
+
+        Raises:
+            ValueError: a level that was not kept, none at all, or a mask of another shape.
+        """
+        wanted = self.levels if levels is None else tuple(sorted(set(levels)))
+        if not wanted or (missing := [level for level in wanted if level not in self.levels]):
+            asked = f"level {missing[0]}" if wanted else "no level at all"
+            raise ValueError(f"{asked} was asked for; recorded are {', '.join(map(str, self.levels))}")
+        if wanted == self.levels and where is None:
+            return self
+        row, place = self.index.T
+        kept = _kept(self.tokens, where)[row, place]
+        at = [self.levels.index(level) for level in wanted]
+        middle = self.middle
+        if middle is not None:
+            between = [i for i, level in enumerate(self.levels) if level in wanted and level < self.depth]
+            middle = middle[between][:, kept.to(middle.device)] if between else None
+        states = self.states[at][:, kept.to(self.states.device)]
+        return dataclasses.replace(self, levels=wanted, index=self.index[kept], states=states, middle=middle)
+
 
 @torch.no_grad()
 def record(
