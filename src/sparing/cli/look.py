@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparing.evaluate.looking import Look
+    from sparing.evaluate.pictures import OpenedPicture
     from sparing.tokens import TokenProfile
 
 PROFILE = "token_profile.json"
@@ -66,30 +69,102 @@ def look(
     from sparing.cli.models import load_model
     from sparing.cli.profile import check_out
     from sparing.cli.record import RunRecord
+    from sparing.evaluate.looking import look as gather
     from sparing.evaluate.pictures import demo_picture, neutral_question, open_picture, pictures_in
     from sparing.study.pages.look_page import write_look
 
     check_out(out)
-    asked = question
-    shown = []
-    for name in images or ["demo"]:
-        if name == "demo" and not Path(name).exists():
-            drawn, about = demo_picture(seed)
-            shown.append(drawn)
-            asked = asked or about
-        else:
-            shown.append(open_picture(name))
-    samples = pictures_in(pictures, FOUND_ON) if pictures is not None else None
+    demo, about = demo_picture(seed)
+    shown = [demo if name == "demo" and not Path(name).exists() else open_picture(name) for name in images or ["demo"]]
+    samples = None if pictures is None else pictures_in(pictures, FOUND_ON)
     loaded, processor, saved = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if images and "demo" not in images or not _knows(tokenizer, asked):
-        asked = question
-    asked = asked or neutral_question(tokenizer)
+    asked = question or neutral_question(processor, about if shown == [demo] else None)
     # Refused before anything slow begins.
     ask(loaded, processor, [asked], [[one.image for one in shown]])
     console = Console()
     config = {"images": images or ["demo"], "model": model, "question": asked, "profile": profile, "pictures": pictures}
     config |= {"top": top, "controls": controls, "max_new_tokens": max_new_tokens, "repeats": repeats}
     config |= {"device": device, "dtype": dtype}
+    with RunRecord(out, config=config, seed=seed) as record, _steps(console) as on_step:
+        known, source, fresh = _profile(loaded, processor, model, profile, samples, seed, on_step)
+        if fresh:
+            known.save(out / PROFILE)
+        found = gather(
+            loaded,
+            processor,
+            shown,
+            asked,
+            known,
+            source=source,
+            k=top,
+            seeds=controls,
+            max_new_tokens=max_new_tokens,
+            repeats=repeats,
+            on_step=on_step,
+        )
+        if saved:
+            names = " & ".join(type(policy).__name__ for policy in saved)
+            found = dataclasses.replace(found, notes=(*found.notes, f"Saved with {names}; looked at without."))
+        record.figures = found.as_dict()
+        record.write()
+        run = json.loads(record.path.read_text(encoding="utf-8"))
+        write_look(found, {**run, "status": "finished"}, out / "look.html")
+    _print(found, console)
+    page = out / "look.html"
+    console.print(f"page: {page}", style="bold", soft_wrap=True, highlight=False)
+    if open_page:
+        typer.launch(page.resolve().as_uri())
+
+
+@contextlib.contextmanager
+def _steps(console: Console) -> Iterator[Callable[[str], None]]:
+    """What is being done, and for how long; gone when it is done."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda line: progress.update(task, description=line)
+
+
+def _profile(
+    loaded: Any,
+    processor: Any,
+    model: str,
+    given: Path | None,
+    samples: Sequence[OpenedPicture] | None,
+    seed: int,
+    on_step: Callable[[str], None],
+) -> tuple[TokenProfile, str, bool]:
+    """The model's token profile, where it comes from, and whether it was found just now."""
+    from sparing.evaluate.pictures import drawn_pictures
+    from sparing.lens import token_classes
+    from sparing.tokens import TokenProfile
+
     beside = Path(model) / PROFILE
-    given = profile or (beside if beside.is_file() else None)
+    if given is not None or (samples is None and beside.is_file()):
+        path = given or beside
+        return TokenProfile.load(path, loaded), f"As the profile {path} tells them", False
+    on_step("finding the classes of visual tokens")
+    what = "pictures" if samples else "drawn scenes (name a folder of your own with --pictures)"
+    samples = samples or drawn_pictures(FOUND_ON, seed)
+    found = token_classes(loaded, processor, [one.image for one in samples], seed=seed)
+    return found, f"Found on {len(samples)} {what}", True
+
+
+def _print(found: Look, console: Console) -> None:
+    """Question and answer, the classes' shares, and the answer without each."""
+    from rich.text import Text
+
+    console.print(Text.assemble((found.question, "dim"), "  ", (found.answer or "(nothing)", "bold")), soft_wrap=True)
+    every = max(1, len(found.index))
+    shares = ", ".join(f"{n} {name} ({n / every:.0%})" for name, n in found.classes.counts.items() if n)
+    console.print(Text(f"{len(found.index)} visual tokens: {shares}"), soft_wrap=True)
+    for arm in found.arms[1:]:
+        if arm.answer is not None:
+            same = sum(control.text == found.answer for control in arm.controls)
+            drawn = f"; as many at random: {same} of {len(arm.controls)} answer the same" if arm.controls else ""
+            line = f"  without {arm.name} ({arm.dropped}, {arm.flops:.0%} of the operations): {arm.answer.text or '(nothing)'}"
+            console.print(Text(line + drawn, style="" if arm.answer.text == found.answer else "yellow"), soft_wrap=True)
+    for note in (*found.classes.notes, *found.notes):
+        console.print(Text(note, style="dim"), soft_wrap=True)

@@ -96,10 +96,17 @@ def demo_picture(seed: int = 0) -> tuple[OpenedPicture, str]:
     raise AssertionError("the stream of scenes has no end")
 
 
-def neutral_question(tokenizer: Any) -> str:
-    """A question about any picture, in words that a model knows."""
+def neutral_question(processor: Any, first: str | None = None) -> str:
+    """A question about any picture, in words that a model knows.
+
+    Args:
+        processor: the model's processor, or its tokenizer.
+        first: a better question, if its words are known.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    questions = NEUTRAL if first is None else (first, *NEUTRAL)
     unknown = tokenizer.unk_token_id
-    known = (text for text in NEUTRAL if unknown not in tokenizer(text, add_special_tokens=False)["input_ids"])
+    known = (text for text in questions if unknown not in tokenizer(text, add_special_tokens=False)["input_ids"])
     return next(known, NEUTRAL[0])
 
 
