@@ -102,9 +102,12 @@ def look(
             repeats=repeats,
             on_step=on_step,
         )
+        notes = found.notes
         if saved:
             names = " & ".join(type(policy).__name__ for policy in saved)
-            found = dataclasses.replace(found, notes=(*found.notes, f"Saved with {names}; looked at without."))
+            notes += (f"The checkpoint follows {names}; this looks at its weights alone.",)
+        # As it was called, not where it lies.
+        found = dataclasses.replace(found, notes=notes, model={**found.model, "name": model})
         record.figures = found.as_dict()
         record.write()
         run = json.loads(record.path.read_text(encoding="utf-8"))

@@ -92,7 +92,7 @@ def demo_picture(seed: int = 0) -> tuple[OpenedPicture, str]:
     rng = np.random.default_rng(seed)
     for scene in scenes.stream("test", seed):
         if len(scene.things) >= 5 and (asked := scenes.ask(scene, rng, "shape")) is not None:
-            return OpenedPicture("demo", scenes.picture(scene)), asked.text
+            return OpenedPicture("a drawn scene", scenes.picture(scene)), asked.text
     raise AssertionError("the stream of scenes has no end")
 
 

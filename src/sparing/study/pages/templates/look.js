@@ -44,6 +44,7 @@ function tops(lens, level, token) {
   return Array.from({ length: k }, (_, i) => ({ word: words[token * k + i], score: low + (scores[token * k + i] * (high - low)) / K }));
 }
 const logs = (lens) => data.lenses[lens].unit.startsWith("log");
+const said = (lens, score, digits) => (logs(lens) ? number(100 * Math.exp(score), 2) + "%" : score.toFixed(digits).replace("-", "−"));
 const share = (lens, level, score) => {
   const [low, high] = data.lenses[lens].ranges[level];
   return logs(lens) ? Math.exp(score) : high > low ? Math.max(0, score - Math.min(low, 0)) / (high - Math.min(low, 0)) : 0;
@@ -190,11 +191,13 @@ function paint() {
     const ch = (CELL * grid.size[1] * w) / (grid.size[0] * h), image = context.createImageData(w, h);
     el("what").textContent = few ? "the best word of each token (" + data.lenses[state.lens].name + ", level " + data.levels[state.level] + ")" : "too many patches to write in: point at them";
     if (few) {
+      const first = (token) => ids(state.lens, state.level)[token * k], times = new Map();
+      grid.places.flat().forEach((token) => { if (token >= 0) times.set(first(token), (times.get(first(token)) || 0) + 1); });
       for (let i = 0; i < h * w; i++) image.data.set([...dark, 255], 4 * i);
       grid.places.forEach((row, r) => row.forEach((token, c) => {
         if (token < 0) return;
-        const word = visible(data.words[ids(state.lens, state.level)[token * k]]), length = [...word].length;
-        const text = drawn("text", { x: (c + 0.5) * CELL, y: (r + 0.5) * ch, "font-size": Math.min(ch * 0.42, (CELL * 1.62) / Math.max(3, length)).toFixed(2), direction: "ltr" }, labels);
+        const word = visible(data.words[first(token)]), length = [...word].length;
+        const text = drawn("text", { x: (c + 0.5) * CELL, y: (r + 0.5) * ch, "font-size": Math.min(ch * 0.42, (CELL * 1.42) / Math.max(3, length)).toFixed(2), direction: "ltr", class: times.get(first(token)) > 0.2 * h * w ? "common" : "" }, labels);
         text.textContent = length > 14 ? [...word].slice(0, 13).join("") + "…" : word;
       }));
       context.putImageData(image, 0, 0);
@@ -202,7 +205,7 @@ function paint() {
   }
   const level = data.levels[state.level];
   el("at").textContent = level;
-  el("where-at").textContent = level === 0 ? "of " + data.depth + ": enters the first layer" : level === data.depth ? "of " + data.depth + ": before the final norm" : "of " + data.depth + ": after layer " + (level - 1);
+  el("where-at").textContent = level === 0 ? "of " + data.depth + ", entering layer 0" : level === data.depth ? "of " + data.depth + ", before the norm" : "of " + data.depth + ", after layer " + (level - 1);
   el("level").value = state.level;
   el("level").setAttribute("aria-valuetext", "level " + level);
   pressed("[data-mode]:is(button)", (button) => button.dataset.mode === state.mode);
@@ -240,24 +243,31 @@ function card(into, token, pinned) {
   const meta = node("p", where + kind.name + " · token " + data.index[token] + " of the prompt · norm " + number(norms(state.level)[token]), "meta");
   const words = node("ol");
   for (const { word, score } of tops(state.lens, state.level, token)) {
-    const line = node("li", null, word === state.word && state.mode === "search" ? "sought" : ""), said = node("bdi", visible(data.words[word]));
-    said.dataset.word = word;
-    said.title = "find it in the picture";
+    const line = node("li", null, word === state.word && state.mode === "search" ? "sought" : ""), name = node("bdi", visible(data.words[word]));
+    name.dataset.word = word;
+    name.title = "find it in the picture";
     line.style.setProperty("--w", (100 * share(state.lens, state.level, score)).toFixed(1) + "%");
-    line.append(said, node("span", logs(state.lens) ? number(100 * Math.exp(score), 2) + "%" : score.toFixed(3).replace("-", "−")));
+    line.append(name, node("span", said(state.lens, score, 3)));
     words.append(line);
   }
   into.replaceChildren(head, meta, words);
 }
 
+function best(lens, level, token) {
+  const [first] = tops(lens, level, token), cell = node("td", null, "top" + (level && ids(lens, level - 1)[token * k] === first.word ? " same" : ""));
+  cell.append(node("bdi", visible(data.words[first.word])), node("small", said(lens, first.score, 2)));
+  return cell;
+}
 function through() {
-  const tokens = state.pinned >= 0 && state.pinned !== state.at ? [state.pinned, state.at] : [state.at];
+  /* One patch through both lenses, or two through one. */
+  const two = state.pinned >= 0 && state.pinned !== state.at, [low, high] = range;
+  const columns = two ? [[state.at, [state.lens]], [state.pinned, [state.lens]]] : [[state.at, data.lenses.map((_, i) => i)]];
   const head = node("tr");
   head.append(node("th", "level"));
-  for (const token of tokens) {
-    const th = node("th", (token === state.pinned ? "pinned: " : "") + title(token));
-    th.colSpan = 2;
-    head.append(th);
+  for (const [token, lenses] of columns) {
+    const name = node("th", two ? (token === state.pinned ? "pinned" : "pointed at") : "norm");
+    head.append(name);
+    if (two) name.colSpan = 2; else head.append(...lenses.map((lens) => node("th", data.lenses[lens].name)));
   }
   const rows = data.levels.map((level, i) => {
     const row = node("tr", null, i === state.level ? "now" : ""), first = node("th"), go = node("button", level);
@@ -266,22 +276,25 @@ function through() {
     first.scope = "row";
     first.append(go);
     row.append(first);
-    for (const token of tokens) {
+    for (const [token, lenses] of columns) {
       const norm = norms(i)[token], bar = node("td", null, "bar" + (token === state.pinned ? " p" : "")), inner = node("div"), line = node("i");
-      const [low, high] = range;
-      line.style.width = (4 + 56 * (high > low ? Math.max(0, Math.log(norm) - low) / (high - low) : 1)).toFixed(1) + "%";
+      line.style.width = Math.round(3 + 44 * (high > low ? Math.max(0, Math.log(norm) - low) / (high - low) : 1)) + "px";
       inner.append(line, node("span", number(norm)));
       bar.append(inner);
-      const [best] = tops(state.lens, i, token), before = i && ids(state.lens, i - 1)[token * k] === best.word;
-      const word = node("td", null, "top" + (before ? " same" : ""));
-      word.append(node("bdi", visible(data.words[best.word])), node("small", logs(state.lens) ? number(100 * Math.exp(best.score), 2) + "%" : best.score.toFixed(2).replace("-", "−")));
-      row.append(bar, word);
+      row.append(bar, ...lenses.map((lens) => best(lens, i, token)));
     }
     return row;
   });
   const table = document.querySelector(".through");
   table.tHead.replaceChildren(head);
   table.tBodies[0].replaceChildren(...rows);
+}
+/* The level that is shown stays in sight. */
+function follow() {
+  const box = document.querySelector(".levels-box"), row = box.querySelector("tr.now");
+  if (!row) return;
+  const top = row.offsetTop - box.querySelector("thead").offsetHeight, bottom = row.offsetTop + row.offsetHeight;
+  if (top < box.scrollTop) box.scrollTop = top; else if (bottom > box.scrollTop + box.clientHeight) box.scrollTop = bottom - box.clientHeight;
 }
 
 function say() {
@@ -301,6 +314,7 @@ function pin(token) {
 function level(to) {
   state.level = Math.max(0, Math.min(data.levels.length - 1, to));
   paint();
+  follow();
 }
 
 /* The grid under a pointer and under keys. */
@@ -481,10 +495,11 @@ if (data.grids.length > 1) {
 
 const strip = el("ramp").getContext("2d");
 for (let x = 0; x < 120; x++) { strip.fillStyle = "rgb(" + ramp(x / 119).join(",") + ")"; strip.fillRect(x, 0, 1, 1); }
-/* Begin where a word is surest. */
+/* Begin at the patch whose best word is rarest in this picture, and surest among those. */
 {
-  let best = -1;
-  const scores = codes(0, 0);
-  data.grids[0].places.flat().forEach((token) => { if (token >= 0 && scores[token * k] > best) { best = scores[token * k]; state.at = token; } });
+  const times = new Map(), words = ids(0, 0), scores = codes(0, 0), tokens = data.grids[0].places.flat().filter((token) => token >= 0);
+  for (const token of tokens) times.set(words[token * k], (times.get(words[token * k]) || 0) + 1);
+  const rank = (token) => scores[token * k] - 256 * times.get(words[token * k]);
+  state.at = tokens.reduce((a, b) => (rank(b) > rank(a) ? b : a), tokens[0] ?? 0);
 }
 show(0);
