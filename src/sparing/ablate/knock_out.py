@@ -1,4 +1,4 @@
-"""Knock out attention edges between groups of tokens."""
+"""Knock out attention edges between groups of tokens, or between tokens of classes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from sparing.plan import LayerPlan, ModelShape, Policy, View
+from sparing.ablate.places import named
+from sparing.plan import LayerPlan, ModelShape, Policy, PromptView, Selection, View
 from sparing.plan.layer_plan import Sees
 from sparing.plan.policy import check_layers
+from sparing.plan.selection import chosen_in, remembered
 from sparing.tokens import Group
 
 
@@ -18,7 +20,11 @@ class _KnockOut(Policy):
     ablation = True
 
     def __init__(
-        self, queries: tuple[Group, ...], keys: tuple[Group, ...], layers: frozenset[int] | None, renormalise: bool
+        self,
+        queries: tuple[Group, ...] | Selection,
+        keys: tuple[Group, ...] | Selection,
+        layers: frozenset[int] | None,
+        renormalise: bool,
     ) -> None:
         self.queries, self.keys, self.layers, self.renormalise = queries, keys, layers, renormalise
 
@@ -26,11 +32,19 @@ class _KnockOut(Policy):
         """Every named layer must exist."""
         check_layers(sorted(self.layers or ()), shape, "knock_out(layers=...)")
 
+    def start(self, view: PromptView) -> None:
+        """Selections decide once."""
+        for name, where in (("queries", self.queries), ("keys", self.keys)):
+            if isinstance(where, Selection):
+                view.state[name] = chosen_in(view, where)
+
     def plan_attend(self, view: View) -> LayerPlan:
         """The edges as a mask over original indices."""
         if self.layers is not None and view.layer not in self.layers:
             return LayerPlan()
-        of_query, of_key = (view.tokens.of(*groups) for groups in (self.queries, self.keys))
+        of_query, of_key = self._tokens(view, "queries"), self._tokens(view, "keys")
+        if of_query is None or of_key is None:
+            return LayerPlan()
 
         def edge(query: Tensor, key: Tensor) -> Tensor:
             b = of_query.shape[0]
@@ -41,26 +55,30 @@ class _KnockOut(Policy):
         hidden: Sees = lambda query, key: ~edge(query, key)  # noqa: E731
         return LayerPlan(sees=hidden) if self.renormalise else LayerPlan(zeroes=edge)
 
+    def _tokens(self, view: View, name: str) -> Tensor | None:
+        where = self.queries if name == "queries" else self.keys
+        return remembered(view, name) if isinstance(where, Selection) else view.tokens.of(*where)
+
     def __repr__(self) -> str:
         """As called."""
-        q, k = ([g.name for g in groups] for groups in (self.queries, self.keys))
+        q, k = (named(where) for where in (self.queries, self.keys))
         return f"knock_out({q} -> {k}, layers={self.layers and sorted(self.layers)}, renormalise={self.renormalise})"
 
 
 def knock_out(
-    queries: Iterable[Group] | Group,
-    keys: Iterable[Group] | Group,
+    queries: Iterable[Group] | Group | Selection,
+    keys: Iterable[Group] | Group | Selection,
     *,
     layers: Iterable[int] | None = None,
     renormalise: bool = False,
 ) -> Policy:
-    """Cut the attention edges from one set of groups to another.
+    """Cut the attention edges from some tokens to others.
 
     The result goes into `sparing.apply` like a policy, under `execute="dense"`.
 
     Args:
-        queries: the groups that lose sight.
-        keys: the groups they no longer see (themselves too, where a token belongs to both).
+        queries: the groups that lose sight, or a `Selection` (tokens of a class: `OfClass`; decoded tokens are never in one).
+        keys: the groups that they no longer see (themselves too, where a token belongs to both), or a `Selection`.
         layers: in these layers; in all of them if `None`.
         renormalise: `False` sets the weights to zero after the softmax, so the rest sums to less than one; `True` hides the keys
             before it, as every plan does.
@@ -71,5 +89,8 @@ def knock_out(
     Paper: EmbedLens (2603.00510), `attn_skipping_method` "vv" (image, image) and "vt" (text, image): after the softmax, without
         renormalising.
     """
-    ask, asked = ((groups,) if isinstance(groups, Group) else tuple(groups) for groups in (queries, keys))
+    ask, asked = (
+        (where,) if isinstance(where, Group) else where if isinstance(where, Selection) else tuple(where)
+        for where in (queries, keys)
+    )
     return _KnockOut(ask, asked, None if layers is None else frozenset(layers), renormalise)

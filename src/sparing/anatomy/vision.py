@@ -118,8 +118,9 @@ class VisionAnatomy(Anatomy):
         return tuple(rows)
 
     def patch_features(self, features: Any) -> Tensor:
-        """What the projector reads of the encoder's output, `[tiles patches d]`: of the layer that the config names, without
-        the class token where the config leaves it out.
+        """What the projector reads of the encoder's output, `[tiles patches d]`.
+
+        It is of the layer that the config names, without the class token where the config leaves that out.
         """
         layer = getattr(self.config, "vision_feature_layer", -1)
         if isinstance(layer, int):

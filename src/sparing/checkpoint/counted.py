@@ -46,8 +46,8 @@ class Counted:
 def count(model: nn.Module, policies: Sequence[Policy]) -> Counted:
     """Count what the policies' plan costs, on one short forward pass of the decoder at most.
 
-    A policy that learned, or that chooses tokens by what they hold, decides by what it reads, so random tokens say nothing of it: it is counted on the latest prompt that
-    the model ran under it, if there was one.
+    A policy that learned, or that chooses tokens by what they hold, decides by what it reads, so random tokens say nothing of it:
+    it is counted on the latest prompt that the model ran under it, if there was one.
     """
     sizes = Counted(
         model.num_parameters(),  # type: ignore[operator]

@@ -57,7 +57,9 @@ def selections_in(arguments: Mapping[str, Any]) -> dict[str, tuple[type[Selectio
                 raise ValueError(f"{key}: no selection is called {name!r}{nearest(name, known)}")
             parameters = inspect.signature(known[name]).parameters
             if strays := [stray for stray in given if stray not in parameters]:
-                raise ValueError(f"{key}: no argument of {name} is called {strays[0]!r}{nearest(strays[0], parameters)}")
+                raise ValueError(
+                    f"{key}: no argument of {name} is called {strays[0]!r}{nearest(strays[0], parameters)}"
+                )
             found[key] = known[name], given
     return found
 

@@ -98,12 +98,14 @@ class Dense:
             self._masks = self.anatomy.masks(exact=False)
         x = before = args[0] if args else kwargs["hidden_states"]
         x = self._added(run, i - 1, x)
-        if x is not before:
-            args, kwargs = (x, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": x}
         if (kind := self.anatomy.rotary_kind(i)) is not None:
             run.rotary[kind] = kwargs["position_embeddings"]
         self._inputs[i] = x
         plan = self._plans[i] = run.plan_attend(i, lambda: x)
+        if plan.rewrites is not None:
+            x = self._inputs[i] = plan.rewrites(x)
+        if x is not before:
+            args, kwargs = (x, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": x}
         self._some[i] = None
         mask = self._mask(run, i, plan)
         if mask is None:

@@ -59,6 +59,7 @@ class Gathered:
             layer_input = x.keep() if looks_back else None
             plan = run.plan_attend(layer, x.whole)
             assert plan.zeroes is None, "ablations are refused when applied"
+            assert plan.rewrites is None, "ablations are refused when applied"
             _refuse_gate_gradients(plan.attend_weight)
             _refuse_gate_gradients(plan.block_weight)
             before = None if plan.block_weight is None else x.keep()

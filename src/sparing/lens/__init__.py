@@ -1,5 +1,6 @@
 """Lenses: observe what tokens hold, and never change the result."""
 
+from sparing.lens.classes import Criteria, token_classes
 from sparing.lens.embedding_lens import embedding_lens, find_words
 from sparing.lens.logit_lens import logit_lens
 from sparing.lens.nulls import norm_matched, shuffled, untrained_projector
@@ -7,6 +8,7 @@ from sparing.lens.record import Recording, record
 from sparing.lens.words import WordReading
 
 __all__ = [
+    "Criteria",
     "Recording",
     "WordReading",
     "embedding_lens",
@@ -15,5 +17,6 @@ __all__ = [
     "norm_matched",
     "record",
     "shuffled",
+    "token_classes",
     "untrained_projector",
 ]

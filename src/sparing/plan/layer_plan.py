@@ -10,6 +10,7 @@ from torch import Tensor
 
 Mask = Tensor | bool
 Sees = Callable[[Tensor, Tensor], Tensor]
+Rewrites = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class LayerPlan:
             original order, it returns what broadcasts to `[b q k]`: `True` where the query may read the key.
         zeroes: an ablation, not a plan: `True` where an attention weight is set to zero after the softmax, the others staying as
             they are. Called as `sees` is; `dense` only.
+        rewrites: an ablation too: what enters the layer, `[b t d]`, is replaced by this function of it; `dense` only.
         capacity: a promise that no row has more than this many `True` tokens in `attend` and `feed`, where those are
             tensors. It saves the fast executor its one wait for the device. A false promise is an error on the CPU; on an
             accelerator, where checking would mean waiting, rows beyond it are left out.
@@ -46,6 +48,7 @@ class LayerPlan:
     block_weight: Tensor | None = None
     sees: Sees | None = None
     zeroes: Sees | None = None
+    rewrites: Rewrites | None = None
     capacity: int | None = None
 
     @property
@@ -60,6 +63,7 @@ class LayerPlan:
             and self.block_weight is None
             and self.sees is None
             and self.zeroes is None
+            and self.rewrites is None
         )
 
     def __and__(self, other: LayerPlan) -> LayerPlan:
@@ -81,6 +85,7 @@ class LayerPlan:
             block_weight=_product(self.block_weight, other.block_weight),
             sees=_both_see(self.sees, other.sees),
             zeroes=_either_zeroes(self.zeroes, other.zeroes),
+            rewrites=_one_after_another(self.rewrites, other.rewrites),
             capacity=_capacity(self.capacity, other.capacity),
         )
 
@@ -150,6 +155,12 @@ def _either_zeroes(a: Sees | None, b: Sees | None) -> Sees | None:
     if a is None or b is None:
         return a or b
     return lambda query, key: a(query, key) | b(query, key)
+
+
+def _one_after_another(a: Rewrites | None, b: Rewrites | None) -> Rewrites | None:
+    if a is None or b is None:
+        return a or b
+    return lambda states: b(a(states))
 
 
 def _capacity(a: int | None, b: int | None) -> int | None:

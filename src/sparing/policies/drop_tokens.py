@@ -98,5 +98,7 @@ class DropTokens(Policy):
     def __repr__(self) -> str:
         """As constructed."""
         where = repr(self.where) if isinstance(self.where, Selection) else "..."
-        what = f"where={where}" if self.groups is None else f"groups={[g.name for g in self.groups]}, keep={self.keep:g}"
+        what = (
+            f"where={where}" if self.groups is None else f"groups={[g.name for g in self.groups]}, keep={self.keep:g}"
+        )
         return f"DropTokens({what}, positions={self.positions!r})"

@@ -258,7 +258,9 @@ class TokenProfile:
         except OSError as error:
             raise ValueError(f"{path}: there is no such token profile; sparing.lens.token_classes finds one") from error
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}): find the profile with sparing.lens.token_classes") from error
+            raise ValueError(
+                f"{path} is no JSON ({error}): find the profile with sparing.lens.token_classes"
+            ) from error
         if not isinstance(given, dict):
             raise ValueError(f"{path} is no token profile: find it with sparing.lens.token_classes")
         try:
@@ -292,7 +294,9 @@ def nearest_words(
     states: Float[Tensor, "n d"], words: Float[Tensor, "v d"], k: int, *, chunk: int = 1024
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The cosines and ids of the `k` nearest of unit-length `words`, nearest first; `chunk` states at a time."""
-    parts = [(torch.nn.functional.normalize(part.float(), dim=1) @ words.T).topk(k, dim=1) for part in states.split(chunk)]
+    parts = [
+        (torch.nn.functional.normalize(part.float(), dim=1) @ words.T).topk(k, dim=1) for part in states.split(chunk)
+    ]
     if not parts:
         return states.new_zeros(0, k, dtype=torch.float32), torch.zeros(0, k, dtype=torch.long, device=states.device)
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
