@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PROFILE = "token_profile.json"
 """The file of a checkpoint's token profile: looked for beside it, written to `--out`."""
-FOUND_ON = 24
+FOUND_ON = 50
 
 
 def look(
@@ -151,7 +151,11 @@ def _profile(
     on_step("finding the classes of visual tokens")
     what = "pictures" if samples else "drawn scenes (name a folder of your own with --pictures)"
     samples = samples or drawn_pictures(FOUND_ON, seed)
-    found = token_classes(loaded, processor, [one.image for one in samples], seed=seed)
+
+    def tell(done: float, line: str) -> None:
+        on_step(f"finding the classes of visual tokens: {line} ({done:.0%})")
+
+    found = token_classes(loaded, processor, [one.image for one in samples], seed=seed, on_step=tell)
     return found, f"Found on {len(samples)} {what}", True
 
 

@@ -25,10 +25,10 @@ THUMBNAIL, LARGEST = 480, 1024
 LETTERS = {"alive": "", "dead": "D", "vit_sink": "V", "llm_sink": "L", "newline": "N"}
 CLASS_NAMES = {"vit_sink": "ViT sink", "llm_sink": "LLM sink"}
 MEANINGS = {
-    "alive": "matches no sink and no dead cluster: carries what is particular to this picture",
-    "dead": "in the largest cluster, much the same in every picture and at every level",
-    "vit_sink": "a sink that the vision encoder makes: a patch of unusual norm",
-    "llm_sink": "a sink that the language model makes: it comes to look like the first token",
+    "alive": "depends on the picture",
+    "dead": "much the same in every picture, and no sink: says nothing of this one",
+    "vit_sink": "the same in every picture; made by the vision encoder, where its norm stands out",
+    "llm_sink": "the same in every picture; turns towards the prompt's first token inside the language model",
     "newline": "a learned token at the end of a row of the grid: shows nothing, and belongs to no class",
 }
 
