@@ -36,12 +36,19 @@ def look(side=24, depth=32, k=10, vocabulary=32000, words=100, hostile=False, se
             ids[:, :, 0] = 0
         scores = -np.sort(-rng.random((levels, n, k)), -1).astype(np.float32)
         lenses.append(LensWords(name, unit, ids, scores if unit == "cosine" else np.log(scores + 1e-3)))
-    searched = tuple((i,) for i in range(words - 1)) + ((3, 4),)
+    searched = (*((i,) for i in range(words - 1)), (3, 4))
     used = {int(i) for lens in lenses for i in np.unique(lens.ids)} | set(range(words))
     large, wide = photograph(14 * side, 14 * side), photograph(90, 60, 1)
     label = HOSTILE if hostile else "wide.png"
     pictures = (
-        SeenPicture("mountain.jpg", large, photograph(900, 600), np.arange(side * side).reshape(side, side), (), ("scaled down",)),
+        SeenPicture(
+            "mountain.jpg",
+            large,
+            photograph(900, 600),
+            np.arange(side * side).reshape(side, side),
+            (),
+            ("scaled down",),
+        ),
         SeenPicture(
             label,
             wide,
@@ -53,11 +60,27 @@ def look(side=24, depth=32, k=10, vocabulary=32000, words=100, hostile=False, se
     answer = HOSTILE if hostile else "A mountain."
     arms = (
         Arm("nothing", (), 0, Answer(answer, 0.83), (), 1.0, 1.0, (0.125, 0.12, 0.13)),
-        Arm("dead", ("dead",), 170, Answer(answer, 0.84), (Answer(answer, 0.7), Answer("A lake.", 0.3)), 0.7, 0.71, (0.1, 0.09, 0.11)),
+        Arm(
+            "dead",
+            ("dead",),
+            170,
+            Answer(answer, 0.84),
+            (Answer(answer, 0.7), Answer("A lake.", 0.3)),
+            0.7,
+            0.71,
+            (0.1, 0.09, 0.11),
+        ),
         Arm("sinks", ("sink",), 0, None, why="no token of this class is here"),
     )
     return Look(
-        model={"name": "made-up", "family": "llava", "layers": depth, "parameters": 7_000_000_000, "dtype": "float32", "device": "cpu"},
+        model={
+            "name": "made-up",
+            "family": "llava",
+            "layers": depth,
+            "parameters": 7_000_000_000,
+            "dtype": "float32",
+            "device": "cpu",
+        },
         question="What is in this picture?",
         answer=answer,
         prompt_tokens=n + 30,
@@ -70,7 +93,10 @@ def look(side=24, depth=32, k=10, vocabulary=32000, words=100, hostile=False, se
         words={i: names[i] for i in used},
         maps=WordMaps(searched, rng.normal(0, 0.2, (levels, n, words)).astype(np.float32), False),
         classes=TokenClasses(
-            ("alive", "dead", "vit_sink", "llm_sink", "newline"), np.r_[rng.choice(4, n - 3, p=[0.6, 0.28, 0.08, 0.04]), [4, 4, 4]], "Made up", ("a note",)
+            ("alive", "dead", "vit_sink", "llm_sink", "newline"),
+            np.r_[rng.choice(4, n - 3, p=[0.6, 0.28, 0.08, 0.04]), [4, 4, 4]],
+            "Made up",
+            ("a note",),
         ),
         arms=arms,
         seconds=1.5,

@@ -1,4 +1,4 @@
-"""The page of `sparing look` in a browser: pointing, levels, search, pictures, keys, dark mode, hostile words, and how soon it is there."""
+"""The page of `sparing look` in a browser: pointing, levels, search, pictures, keys, colours, hostile words, speed."""
 
 import html
 import json
@@ -33,7 +33,8 @@ const at = (kind, r, c, h, w, more = {}) => {
 };
 const key = (to, key) => to.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
 const input = document.getElementById("word"), found = document.getElementById("found"), slider = document.getElementById("level");
-const pixels = () => { const c = document.getElementById("heat"); return [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data]; };
+const heat = document.getElementById("heat");
+const pixels = () => [...heat.getContext("2d").getImageData(0, 0, heat.width, heat.height).data];
 const run = () => { PROGRAM };
 try { run(); } catch (error) { seen.errors.push(String(error.stack)); }
 seen.width = document.documentElement.scrollWidth;
@@ -84,7 +85,11 @@ def visible(word):
 
 def test_pointing_shows_a_patchs_words_scores_norm_and_class(pages):
     path, look = pages["small"]
-    program = 'at("pointermove", 1, 2, 4, 4); seen.card = [...document.querySelectorAll("#pointed li")].map((li) => [li.children[0].textContent, li.children[1].textContent]); seen.title = text("pointed");'
+    program = """
+    at("pointermove", 1, 2, 4, 4);
+    seen.card = [...document.querySelectorAll("#pointed li")].map((li) => [...li.children].map((part) => part.textContent));
+    seen.title = text("pointed");
+    """
     seen, _ = probe(path, program)
     token = int(look.pictures[0].places[1, 2])
     lens = look.lenses[0]
@@ -226,7 +231,8 @@ def test_switches_of_the_grid(pages):
     document.getElementById("lines").click(); seen.lines = grid.querySelector(".lines").style.display;
     const opacity = document.getElementById("opacity"); opacity.value = 10; opacity.dispatchEvent(new Event("input"));
     seen.alpha = getComputedStyle(grid.querySelector(".pattern")).opacity;
-    document.querySelector("[data-mode=words]").click(); seen.words = [...grid.querySelectorAll(".labels text")].map((t) => t.textContent);
+    document.querySelector("[data-mode=words]").click();
+    seen.words = [...grid.querySelectorAll(".labels text")].map((t) => t.textContent);
     document.querySelector("[data-mode=norm]").click(); seen.norm = text("what");
     document.getElementById("original").click(); seen.heat = document.getElementById("heat").style.display;
     """

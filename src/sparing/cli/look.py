@@ -72,6 +72,7 @@ def look(
     from sparing.evaluate.looking import look as gather
     from sparing.evaluate.pictures import demo_picture, neutral_question, open_picture, pictures_in
     from sparing.study.pages.look_page import write_look
+    from sparing.tokens import TokenProfile
 
     check_out(out)
     demo, about = demo_picture(seed)
@@ -81,13 +82,17 @@ def look(
     asked = question or neutral_question(processor, about if shown == [demo] else None)
     # Refused before anything slow begins.
     ask(loaded, processor, [asked], [[one.image for one in shown]])
+    beside = Path(model) / PROFILE
+    given = profile or (beside if samples is None and beside.is_file() else None)
+    known = None if given is None else TokenProfile.load(given, loaded)
     console = Console()
     config = {"images": images or ["demo"], "model": model, "question": asked, "profile": profile, "pictures": pictures}
     config |= {"top": top, "controls": controls, "max_new_tokens": max_new_tokens, "repeats": repeats}
     config |= {"device": device, "dtype": dtype}
     with RunRecord(out, config=config, seed=seed) as record, _steps(console) as on_step:
-        known, source, fresh = _profile(loaded, processor, model, profile, samples, seed, on_step)
-        if fresh:
+        source = f"As the profile {given} tells them"
+        if known is None:
+            known, source = _find(loaded, processor, samples, seed, on_step)
             known.save(out / PROFILE)
         found = gather(
             loaded,
@@ -130,33 +135,25 @@ def _steps(console: Console) -> Iterator[Callable[[str], None]]:
         yield lambda line: progress.update(task, description=line)
 
 
-def _profile(
+def _find(
     loaded: Any,
     processor: Any,
-    model: str,
-    given: Path | None,
     samples: Sequence[OpenedPicture] | None,
     seed: int,
     on_step: Callable[[str], None],
-) -> tuple[TokenProfile, str, bool]:
-    """The model's token profile, where it comes from, and whether it was found just now."""
+) -> tuple[TokenProfile, str]:
+    """Find the model's token profile; and what it was found on, in words."""
     from sparing.evaluate.pictures import drawn_pictures
     from sparing.lens import token_classes
-    from sparing.tokens import TokenProfile
 
-    beside = Path(model) / PROFILE
-    if given is not None or (samples is None and beside.is_file()):
-        path = given or beside
-        return TokenProfile.load(path, loaded), f"As the profile {path} tells them", False
-    on_step("finding the classes of visual tokens")
-    what = "pictures" if samples else "drawn scenes (name a folder of your own with --pictures)"
+    what = "pictures" if samples else "drawn scenes (name a folder of pictures with --pictures)"
     samples = samples or drawn_pictures(FOUND_ON, seed)
 
     def tell(done: float, line: str) -> None:
         on_step(f"finding the classes of visual tokens: {line} ({done:.0%})")
 
     found = token_classes(loaded, processor, [one.image for one in samples], seed=seed, on_step=tell)
-    return found, f"Found on {len(samples)} {what}", True
+    return found, f"Found on {len(samples)} {what}"
 
 
 def _print(found: Look, console: Console) -> None:
@@ -168,10 +165,13 @@ def _print(found: Look, console: Console) -> None:
     shares = ", ".join(f"{n} {name} ({n / every:.0%})" for name, n in found.classes.counts.items() if n)
     console.print(Text(f"{len(found.index)} visual tokens: {shares}"), soft_wrap=True)
     for arm in found.arms[1:]:
-        if arm.answer is not None:
-            same = sum(control.text == found.answer for control in arm.controls)
-            drawn = f"; as many at random: {same} of {len(arm.controls)} answer the same" if arm.controls else ""
-            line = f"  without {arm.name} ({arm.dropped}, {arm.flops:.0%} of the operations): {arm.answer.text or '(nothing)'}"
-            console.print(Text(line + drawn, style="" if arm.answer.text == found.answer else "yellow"), soft_wrap=True)
+        if arm.why:
+            continue
+        same = sum(control.text == found.answer for control in arm.controls)
+        said = [] if arm.answer is None else [arm.answer.text or "(nothing)"]
+        said += [f"{same} of {len(arm.controls)} at random answer the same"] if arm.controls else []
+        line = f"  without {arm.name} ({arm.dropped}, {arm.flops:.0%} of the operations): {'; '.join(said)}"
+        changed = arm.answer is not None and arm.answer.text != found.answer
+        console.print(Text(line, style="yellow" if changed else ""), soft_wrap=True)
     for note in (*found.classes.notes, *found.notes):
         console.print(Text(note, style="dim"), soft_wrap=True)

@@ -18,6 +18,8 @@ from sparing.policies import DropTokens, OfClass
 from sparing.tokens import Group, TokenMap, TokenProfile
 from sparing.tokens.profile import CLASSES
 
+ALL_BUT_ALIVE = "all but alive"
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -40,7 +42,7 @@ class Arm:
         name: what is left out.
         classes: the classes that are left out.
         dropped: how many visual tokens that are.
-        answer: the answer; `None` if it was not run.
+        answer: the answer; `None` if it was not run, or if what is left out is drawn at random.
         controls: answers with as many random visual tokens left out in their place, one a seed.
         flops: operations of the prefill, encoder included, of those with all tokens.
         kv: bytes of keys and values after the prefill, of those with all tokens.
@@ -88,14 +90,17 @@ def answers(
     """
     asking = _Asking(model, processor, inputs, max_new_tokens)
     on_step("the answer with all tokens")
-    arms, plans = [Arm("nothing", (), 0, asking.answer(None))], [None]
+    arms = [Arm("nothing", (), 0, asking.answer(None))]
+    plans: dict[int, Policy | None] = {0: None}
     present = {name: n for name, n in counts.items() if n}
+    visual = int(TokenMap.from_inputs(model, inputs).of(Group.IMAGE).sum())
     for name, classes in _prunings(present):
         dropped = sum(present.get(one, 0) for one in classes)
-        if not dropped:
-            why = "every token is alive here" if len(classes) > 1 else "no token of this class is here"
-            arms.append(Arm(name, classes, 0, None, why=why))
-            plans.append(None)
+        if dropped in (0, visual):
+            none = "every token is alive here" if name == ALL_BUT_ALIVE else "no token of this class is here"
+            arms.append(
+                Arm(name, classes, dropped, None, why="that is every visual token: see below" if dropped else none)
+            )
             continue
         on_step(f"the answer without {name}")
         plan = DropTokens(where=OfClass(profile, classes))
@@ -104,16 +109,18 @@ def answers(
             # Where all go, no others are left to draw.
             for seed in range(seeds if dropped < sum(present.values()) else 0)
         ]
+        plans[len(arms)] = plan
         arms.append(Arm(name, classes, dropped, asking.answer(plan), tuple(controls)))
-        plans.append(plan)
+    if seeds and visual > 1:
+        on_step("the answer without half of the visual tokens")
+        halves = [DropTokens(groups=[Group.IMAGE], keep=0.5, seed=seed) for seed in range(seeds)]
+        plans[len(arms)] = halves[0]
+        arms.append(Arm("a random half", (), visual - visual // 2, None, tuple(map(asking.answer, halves))))
     on_step("the answer without any visual token")
-    none = DropTokens(groups=[Group.IMAGE])
-    visual = int(TokenMap.from_inputs(model, inputs).of(Group.IMAGE).sum())
-    arms.append(Arm("every visual token", CLASSES, visual, asking.answer(none)))
-    plans.append(none)
+    plans[len(arms)] = DropTokens(groups=[Group.IMAGE])
+    arms.append(Arm("every visual token", CLASSES, visual, asking.answer(plans[len(arms)])))
     on_step("what each prefill costs")
-    ran = {i: plan for i, plan in enumerate(plans) if arms[i].answer is not None}
-    for i, (flops, kv, seconds) in asking.costs(ran, repeats).items():
+    for i, (flops, kv, seconds) in asking.costs(plans, repeats).items():
         arms[i] = dataclasses.replace(arms[i], flops=flops, kv=kv, seconds=seconds)
     return tuple(arms)
 
@@ -124,7 +131,7 @@ def _prunings(present: Mapping[str, int]) -> list[tuple[str, tuple[str, ...]]]:
     found = [(_said(name), (name,)) for name in CLASSES]
     if all(name in present for name in sinks):
         found.insert(len(sinks), ("all sinks", tuple(sinks)))
-    return [*found, ("all but alive", tuple(name for name in CLASSES if name != "alive"))]
+    return [*found, (ALL_BUT_ALIVE, tuple(name for name in CLASSES if name != "alive"))]
 
 
 def _said(name: str) -> str:
@@ -192,5 +199,3 @@ class _Asking:
         if isinstance(device, torch.device) and device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
-
-

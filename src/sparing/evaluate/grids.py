@@ -81,9 +81,7 @@ def grids_of(
             )
             rest = [place for place in rest if place not in before]
         extra = tuple((at[place], _beside(span, place, n)) for n, place in enumerate(rest))
-        yield SeenPicture(
-            f"{picture.name}{part}", _image(processor, seen), picture.image, places, extra, picture.notes
-        )
+        yield SeenPicture(f"{picture.name}{part}", _image(processor, seen), picture.image, places, extra, picture.notes)
 
 
 def _beside(span: ImageSpan, place: int, n: int) -> str:

@@ -202,7 +202,9 @@ def look(
     counts = {name: n for name, n in classes.counts.items() if name in CLASSES}
     room = anatomy.text_config.max_position_embeddings - tokens.length
     if room < 1:
-        raise ValueError(f"the prompt's {tokens.length} tokens leave no room for an answer: use fewer or smaller pictures")
+        raise ValueError(
+            f"the prompt's {tokens.length} tokens leave no room for an answer: use fewer or smaller pictures"
+        )
     arms = answers(
         model,
         processor,
@@ -258,20 +260,17 @@ def _affordable(visual: int, depth: int, k: int) -> tuple[int, tuple[int, ...]]:
     return k, tuple(sorted({round(i * depth / (most - 1)) for i in range(most)}))
 
 
-def _notes(
-    tokenizer: Any, question: str, visual: int, k: int, levels: tuple[int, ...], depth: int
-) -> Iterator[str]:
+def _notes(tokenizer: Any, question: str, visual: int, k: int, levels: tuple[int, ...], depth: int) -> Iterator[str]:
     if (unknown := tokenizer.unk_token_id) is not None:
         ids = tokenizer(question, add_special_tokens=False)["input_ids"]
         if missing := ids.count(unknown):
-            yield f"The tokenizer does not know {missing} of the question's {len(ids)} words: the model reads {tokenizer.unk_token} there."
+            words = f"{missing} of the question's {len(ids)} words"
+            yield f"The tokenizer does not know {words}: the model reads {tokenizer.unk_token} there."
     if len(levels) <= depth:
         yield f"With {visual} visual tokens the page holds {k} words a token at {len(levels)} of {depth + 1} levels."
 
 
-def _classes(
-    profile: TokenProfile, recording: Recording, tokens: TokenMap, anatomy: Any, source: str
-) -> TokenClasses:
+def _classes(profile: TokenProfile, recording: Recording, tokens: TokenMap, anatomy: Any, source: str) -> TokenClasses:
     """The class of each token; newlines, which show nothing, are told apart from them."""
     words = anatomy.model.get_input_embeddings().weight if profile.rule == "words" else None
     told = profile.classify(recording.at(0), vocabulary=words)
@@ -286,9 +285,7 @@ def _classes(
     return TokenClasses(names, of, source, profile.notes)
 
 
-def _maps(
-    model: nn.Module, tokenizer: Any, recording: Recording, reading: WordReading, text: str
-) -> WordMaps:
+def _maps(model: nn.Module, tokenizer: Any, recording: Recording, reading: WordReading, text: str) -> WordMaps:
     """Cosines to every word, if a page can bear these; else to those of a text and the most frequent best ones."""
     levels, n, _ = reading.ids.shape
     most, size = MAPPED // max(1, levels * n), anatomy_of(model).vocabulary

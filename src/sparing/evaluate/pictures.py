@@ -58,7 +58,9 @@ def open_picture(path: str | Path) -> OpenedPicture:
             with Image.open(path) as image:
                 return _opened(image, path)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture that can be read: give a PNG, JPEG, WebP, GIF, BMP or TIFF") from error
+        raise ValueError(
+            f"{path} is not a picture that can be read: give a PNG, JPEG, WebP, GIF, BMP or TIFF"
+        ) from error
     except Image.DecompressionBombError as error:
         raise _too_large(path, "hundreds of millions of pixels") from error
     except (OSError, SyntaxError, EOFError) as error:

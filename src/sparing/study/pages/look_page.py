@@ -111,7 +111,11 @@ def render_look(look: Look, run: Mapping[str, Any]) -> str:
         k=look.lenses[0].ids.shape[-1],
         errors=[(lens["name"], lens["unit"], lens["error"]) for lens in lenses],
         map_error=map_error,
-        notes=list(dict.fromkeys([f"{p.name.split(' · ')[0]}: {note}" for p in look.pictures for note in p.notes] + [*look.notes])),
+        notes=list(
+            dict.fromkeys(
+                [f"{p.name.split(' · ')[0]}: {note}" for p in look.pictures for note in p.notes] + [*look.notes]
+            )
+        ),
     )
 
 

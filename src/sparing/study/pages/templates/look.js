@@ -502,4 +502,6 @@ for (let x = 0; x < 120; x++) { strip.fillStyle = "rgb(" + ramp(x / 119).join(",
   const rank = (token) => scores[token * k] - 256 * times.get(words[token * k]);
   state.at = tokens.reduce((a, b) => (rank(b) > rank(a) ? b : a), tokens[0] ?? 0);
 }
+/* Where all are of one class there is more to see in their words. */
+if (data.classes.filter((one) => one.count).length === 1) state.mode = "words";
 show(0);
