@@ -27,7 +27,7 @@ FOUND_ON = 50
 def look(
     images: Annotated[
         list[str] | None,
-        typer.Argument(help="Pictures; `demo`, or none, is a drawn scene.", metavar="[IMAGE]...", show_default=False),
+        typer.Argument(help="Pictures; `demo`, or none, is a drawn scene.", metavar="IMAGE", show_default=False),
     ] = None,
     model: Annotated[
         str, typer.Option("--model", help="A checkpoint's folder, a hub id, or a zoo model.")

@@ -128,7 +128,7 @@ def answers(
 def _prunings(present: Mapping[str, int]) -> list[tuple[str, tuple[str, ...]]]:
     """What is left out, by name: each class, both sinks where there are both, and all that is not alive."""
     sinks = [name for name in CLASSES if name.endswith("sink")]
-    found = [(_said(name), (name,)) for name in CLASSES]
+    found: list[tuple[str, tuple[str, ...]]] = [(_said(name), (name,)) for name in CLASSES]
     if all(name in present for name in sinks):
         found.insert(len(sinks), ("all sinks", tuple(sinks)))
     return [*found, (ALL_BUT_ALIVE, tuple(name for name in CLASSES if name != "alive"))]
