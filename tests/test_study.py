@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sparing import zoo
 from sparing.evaluate.task import Figure, Outcome
 from sparing.evaluate.tasks import registry
 from sparing.study import Store, Study, read_study
@@ -30,7 +33,8 @@ def toys(monkeypatch):
     found = {**tasks, "counting": Counting, "norm": NormMean}
     monkeypatch.setattr("sparing.study.spec.known_tasks", lambda: found)
     monkeypatch.setattr(methods_room, "OURS", {**methods_room.OURS, "halve": Halve})
-    monkeypatch.setattr(training_room, "OURS", {**training_room.OURS, "nudge": Nudge})
+    found_trainings = {**training_room.ours(), "nudge": Nudge}
+    monkeypatch.setattr(training_room, "ours", lambda: found_trainings)
 
 
 def study(tmp_path: Path, methods: str, tasks: str, more: str = "") -> Study:
@@ -126,6 +130,31 @@ def test_keys_follow_content_and_not_names_or_places(tmp_path):
     seeds = [c.key for c in cells_of(read_study(written(tmp_path, SMALL.replace("[0, 1]", "[0, 2]"))))]
     assert sum(a != b for a, b in zip(keys, seeds, strict=True)) == 2
     assert not set(keys) & {c.key for c in cells_of(read_study(written(tmp_path)), shrink=True)}
+
+
+def test_a_model_with_a_seed_in_its_path_is_one_checkpoint_a_seed(tmp_path):
+    for seed, layer in ((0, "a"), (1, "b")):
+        folder = shutil.copytree(zoo.path("arithmetic-llama"), tmp_path / f"run{seed}" / "final")
+        (folder / "README.md").write_text(layer)
+        (folder / "more.txt").write_text(layer)
+    text = """
+        study: seeds
+        seeds: [0, 1]
+        models: {llama: {path: "run{seed}/final"}}
+        methods: {dense: {use: dense}, skip: {use: SkipModules, with: {attention: [1]}}}
+        tasks: {page: {use: perplexity, with: {text: PAGE, window: 64, max_tokens: 128}}}
+    """
+    spec = read_study(written(tmp_path, text.replace("PAGE", str(PAGE))))
+    cells = cells_of(spec)
+    assert [(cell.method.name, cell.seed) for cell in cells] == [("dense", 0), ("dense", 1), ("skip", 0), ("skip", 1)]
+    assert [Path(cell.checkpoint.path).parent.name for cell in cells] == ["run0", "run1"] * 2
+    assert len({cell.subject for cell in cells}) == 4
+    # The content decides, not the folder's name.
+    before = {(cell.method.name, cell.seed): cell.key for cell in cells}
+    (tmp_path / "run1" / "final" / "more.txt").write_text("c")
+    after = {(cell.method.name, cell.seed): cell.key for cell in cells_of(spec)}
+    assert {key for key in before if before[key] != after[key]} == {("dense", 1), ("skip", 1)}
+    assert cells_of(spec, shrink=True)
 
 
 def test_restrictions_leave_cells_out(tmp_path, toys):
@@ -370,8 +399,14 @@ def test_the_store_gives_back_what_was_put(tmp_path):
 @pytest.mark.parametrize("data", ["here", "away"])
 def test_the_recipes_run_shrunk_with_and_without_their_data(tmp_path, name, data):
     """Where the data is not on this machine, too: every cell has its own name and none fails."""
-    paths = {} if data == "here" else {"data": tmp_path / "nowhere"}
-    job = Study(RECIPES / name, tmp_path / "out", shrink=True, paths=paths)
+    source = (RECIPES / name).read_text()
+    named = re.findall(r"^  (\w+): \.\./", source, re.MULTILINE)
+    # One seed: the others are the same again.
+    copy = tmp_path / name
+    copy.write_text(re.sub(r"^seeds: .*$", "seeds: [0]", source, flags=re.MULTILINE))
+    folders = {path: (RECIPES / re.search(rf"^  {path}: (.*)$", source, re.MULTILINE)[1]).resolve() for path in named}
+    paths = folders if data == "here" else dict.fromkeys(named, tmp_path / "nowhere")
+    job = Study(copy, tmp_path / "out", shrink=True, paths=paths)
     found = job.run()
     assert len(found) == len(job.cells)
     assert set(found.values()) <= {"done", "not applicable"}, [s.result.error for s in job.results()]

@@ -47,7 +47,8 @@ def whole_run(recipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shipped():
-    return sparing.load(zoo.path(NAME))
+    # In fp32: the same weights, and several times faster where a CPU has no bf16 instructions.
+    return sparing.load(zoo.path(NAME), dtype=torch.float32)
 
 
 def stage_of(recipe, goal):
@@ -84,8 +85,7 @@ def test_killed_run_resumes_bit_for_bit_across_stages(recipe, whole_run, tmp_pat
 
 def test_every_stage_trains_its_part_and_nothing_else(recipe, course):
     parts = {"patches": {"vision_tower", "probe"}, "words": {"language_model", "lm_head"},
-             "align": {"multi_modal_projector"},
-             "pictures": {"vision_tower", "multi_modal_projector", "language_model", "lm_head"},
+             "bridge": {"multi_modal_projector"},
              "tuning": {"multi_modal_projector", "language_model", "lm_head"},
              "reading": {"language_model", "lm_head"}}  # fmt: skip
     seen = set()
@@ -105,7 +105,7 @@ def test_every_stage_trains_its_part_and_nothing_else(recipe, course):
 
 def test_packed_questions_are_answered_as_if_asked_alone(course):
     drawn, asked = drawn_with_questions(2, 4)
-    stage = stage_of(course.recipe, "pictures")
+    stage = stage_of(course.recipe, "tuning")
     batch = make_batch(drawn, asked, course.processor.tokenizer, stage, np.random.default_rng(0))
     packed, right = course.trained.answer_logits(batch)
     place = 0
@@ -124,7 +124,7 @@ def test_packed_questions_are_answered_as_if_asked_alone(course):
 
 def test_turns_are_the_chat_template_and_see_each_other(course):
     drawn, asked = drawn_with_questions(1, 3)
-    stage = stage_of(course.recipe, "pictures")
+    stage = stage_of(course.recipe, "tuning")
     batch = make_batch(drawn, asked, course.processor.tokenizer, stage, np.random.default_rng(0), turns=True)
     packed, _ = course.trained.answer_logits(batch)
     chat = []
@@ -261,7 +261,7 @@ def test_command_trains_and_writes_a_card(tmp_path):
     assert record["figures"]["scores"]["shape"]["total"] == 5
     card = (tmp_path / NAME / "final" / "README.md").read_text()
     assert f"{record['figures']['parameters']:,} parameters" in card
-    assert "| pictures | 2 |" in card
+    assert "| bridge | 2 |" in card
 
 
 def test_shipped_weights_are_small_and_as_the_recipe_says(shipped):
@@ -336,17 +336,12 @@ def test_visual_tokens_speak_as_the_card_says(shipped):
 
 def test_padding_does_not_change_an_answer(shipped):
     asked = scenes.examples("test", 1, seed=78)
-    model, processor = shipped
-    model = model.float()
-    try:
-        assert answers(model, processor, asked, batch=11) == answers(model, processor, asked, batch=1)
-    finally:
-        model.bfloat16()
+    assert answers(*shipped, asked, batch=11) == answers(*shipped, asked, batch=1)
 
 
 @pytest.mark.parametrize("side", ["dense", "gathered"])
 def test_vica_runs_on_the_shipped_model(shipped, side):
-    model, processor = sparing.load(zoo.path(NAME), dtype=torch.float32)
+    model, processor = shipped
     asked = scenes.examples("test", 1, seed=80, tasks=["shape", "relation"])
     inputs = processor(images=[scenes.picture(e.scene) for e in asked], padding=True, return_tensors="pt",
                        text=[f"<image> {e.question.text}" for e in asked])  # fmt: skip

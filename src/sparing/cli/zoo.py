@@ -21,12 +21,12 @@ def list_models() -> None:
     from sparing.zoo import names, path, recipe
 
     table = Table("name", "weights", "what it is")
-    for name in names():
+    for name in names(shipped=False):
         try:
             size = f"{(path(name) / 'model.safetensors').stat().st_size / 2**20:.1f} MiB"
         except ValueError:
             # One model that is missing from an installation does not hide the others.
-            size = "not installed"
+            size = "not installed" if name in names() else "to be trained"
         table.add_row(name, size, recipe(name).summary)
     Console().print(table)
 
@@ -38,6 +38,9 @@ def train_model(
     seed: Seed = 0,
     device: Device = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; PyTorch's choice.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder of real pictures, for real-scenes-llava; see docs/zoo.md.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on from the last checkpoint.")] = True,
     shrink: Annotated[bool, typer.Option("--shrink", help="Two layers and a few steps, to try the recipe.")] = False,
 ) -> None:
@@ -55,12 +58,13 @@ def train_model(
     recipe = find(name).shrunk() if shrink else find(name)
     folder = out / name
     config = {"name": name, "shrink": shrink, "resume": resume, "device": device, "threads": threads}
+    config |= {"data": str(data)} if data else {}
     with RunRecord(folder, config=config, seed=seed) as record:
         where = device_of(device)
-        model = train(recipe, folder, seed=seed, device=where.type, threads=threads, fresh=not resume)
-        figures = measure(recipe, model, per_task=5 if shrink else 400, seconds=training_seconds(folder))
+        model = train(recipe, folder, seed=seed, device=where.type, threads=threads, data=data, fresh=not resume)
+        figures = measure(recipe, model, per_task=5 if shrink else 400, seconds=training_seconds(folder), data=data)
         record.figures.update(asdict(figures))
-        write_card(recipe, model, figures, hardware=environment()["hardware"], seed=seed)
+        write_card(recipe, model, figures, hardware=environment()["hardware"], seed=seed, data=data)
     typer.echo(f"trained: {model}")
 
 

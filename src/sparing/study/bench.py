@@ -124,7 +124,9 @@ class Bench:
 
     def _read(self, path: str, cell: Cell) -> Subject:
         if cell.shrink:
-            model, processor = load_shrunk(stand_in(path, resolved), attention=cell.checkpoint.attention)
+            model, processor = load_shrunk(
+                stand_in(path, resolved, cell.checkpoint.like), attention=cell.checkpoint.attention
+            )
             return Subject(model.to(self._device), processor)
         wanted = cell.checkpoint
         model, processor = load(resolved(path), dtype=wanted.dtype, device=self._device, attention=wanted.attention)

@@ -71,10 +71,9 @@ def cells_of(spec: StudySpec, *, shrink: bool = False, hardware: str = "") -> tu
     """
     found: dict[str, Cell] = {}
     for model, method, training, tasks in spec.combinations():
-        checkpoint = spec.models[model]
-        seeded = method.does.seeded or (training is not None and training.does.seeded)
-        content = {
-            "model": [_fingerprint(checkpoint.path), checkpoint.dtype, checkpoint.attention, shrink],
+        entry = spec.models[model]
+        seeded = method.does.seeded or (training is not None and training.does.seeded) or entry.seeded
+        fixed: dict[str, Any] = {
             "method": _content(method),
             "training": None if training is None else _content(training),
             # Made small, and with one page in place of texts that are not here, what differs may become alike.
@@ -82,6 +81,11 @@ def cells_of(spec: StudySpec, *, shrink: bool = False, hardware: str = "") -> tu
         }
         pairs = [(seed, task) for seed in spec.file.seeds for task in tasks if seeded or task.does.seeded]
         for seed, task in [*((None, task) for task in tasks if not (seeded or task.does.seeded)), *pairs]:
+            checkpoint = entry if seed is None else entry.of(seed)
+            content = {
+                **fixed,
+                "model": [_fingerprint(checkpoint.path), checkpoint.dtype, checkpoint.attention, shrink],
+            }
             subject = _hash({**content, "seed": seed if seeded else None})
             timed = [hardware, spec.file.cores, spec.file.gpus] if task.does.timed else None
             cell = Cell(

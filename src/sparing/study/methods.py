@@ -257,4 +257,7 @@ OURS: dict[str, type[Method]] = {"dense": Dense, "skip_search": SearchSkip, "ski
 
 def known_methods() -> dict[str, type[Method]]:
     """Methods by name: ours, and those of installed packages (entry point group `sparing.methods`); policies apart."""
-    return with_plugins(OURS, "sparing.methods")
+    # They are built on this file.
+    from sparing.study.token_methods import Ablation, TokenClass
+
+    return with_plugins({**OURS, "token_class": TokenClass, "ablation": Ablation}, "sparing.methods")

@@ -22,6 +22,12 @@ SMALL: dict[str, Any] = {
     "width": 1,
     "batches": (1, 2),
     "prompt": 16,
+    "per_task": 2,
+    "scenes": 4,
+    "found_on": 8,
+    "per_kind": 2,
+    "rows": 2,
+    "turns": 2,
 }
 STAND_IN = "arithmetic-llama"
 
@@ -45,7 +51,7 @@ def smaller(settings: T, folder: Path) -> T:
     return dataclasses.replace(settings, **changed) if changed else settings  # type: ignore[return-value]
 
 
-def stand_in(path: str, resolve: Callable[[str], str]) -> str:
-    """The checkpoint whose architecture and tokenizer are taken: its own, or the zoo's where it is not on this machine."""
+def stand_in(path: str, resolve: Callable[[str], str], like: str | None = None) -> str:
+    """The checkpoint whose architecture and tokenizer are taken: its own, or another one where it is not on this machine."""
     path = resolve(path)
-    return path if Path(path).is_dir() else str(zoo.path(STAND_IN))
+    return path if Path(path).is_dir() else resolve(like or STAND_IN)

@@ -48,9 +48,13 @@ class Training(abc.ABC):
         return ()
 
 
-OURS: dict[str, type[Training]] = {}
+def ours() -> dict[str, type[Training]]:
+    """Trainings of this package by name."""
+    from sparing.study.scene_training import SceneTraining
+
+    return {"scenes": SceneTraining}
 
 
 def known_trainings() -> dict[str, type[Training]]:
     """Trainings by name: ours, and those of installed packages (entry point group `sparing.trainings`)."""
-    return with_plugins(OURS, "sparing.trainings")
+    return with_plugins(ours(), "sparing.trainings")

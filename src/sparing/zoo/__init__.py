@@ -1,27 +1,30 @@
 """Small models that come with the package, so that everything can be tried offline.
 
 Each is an ordinary Hugging Face folder (`path(name)`), trained on a world of `sparing.worlds` by a recipe
-(`recipe(name)`) that anyone can run again: `sparing zoo train NAME`.
+(`recipe(name)`) that anyone can run again: `sparing zoo train NAME`. `real-scenes-llava` is a recipe only: its pictures
+are not ours to ship, and neither are weights made from them.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from sparing.zoo.real_scene_recipe import REAL_SCENES_LLAVA
 from sparing.zoo.recipe import Recipe
 from sparing.zoo.scene_recipe import SCENES_LLAVA
 from sparing.zoo.text_recipe import ARITHMETIC_LLAMA
 
 __all__ = ["Recipe", "names", "page", "path", "recipe"]
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType({made.name: made for made in (ARITHMETIC_LLAMA, SCENES_LLAVA)})
+SHIPPED = (ARITHMETIC_LLAMA, SCENES_LLAVA)
+RECIPES: Mapping[str, Recipe] = MappingProxyType({made.name: made for made in (*SHIPPED, REAL_SCENES_LLAVA)})
 
 _ROOM = Path(__file__).parent
 
 
-def names() -> tuple[str, ...]:
-    """Returns the names of the zoo's models."""
-    return tuple(RECIPES)
+def names(*, shipped: bool = True) -> tuple[str, ...]:
+    """Returns the names of the models whose weights are shipped; with `shipped=False`, of all that can be trained."""
+    return tuple(made.name for made in SHIPPED) if shipped else tuple(RECIPES)
 
 
 def recipe(name: str) -> Recipe:
@@ -39,7 +42,7 @@ def path(name: str) -> Path:
     """Returns the folder of a model's shipped weights, for `from_pretrained` or `sparing.load`.
 
     Raises:
-        ValueError: the zoo has no such model, or its weights are missing from this installation.
+        ValueError: the zoo has no such model, its weights are missing from this installation, or they are not shipped.
     """
     folder = _ROOM / "weights" / recipe(name).name
     if not (folder / "model.safetensors").is_file():

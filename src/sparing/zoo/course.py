@@ -19,6 +19,7 @@ class Course(abc.ABC):
         processor: the model's tokenizer, or its processor if it sees pictures.
         model: the Hugging Face model, fp32.
         trained: what the Trainer trains and its checkpoints hold: the model, and whatever only training needs.
+        mixed: whether it trains under bf16 autocast.
         batches: item i is the batch of step i, and follows from the seed and i alone.
     """
 
@@ -28,6 +29,7 @@ class Course(abc.ABC):
     model: Any
     trained: nn.Module
     batches: Dataset
+    mixed: bool = True
 
     @abc.abstractmethod
     def loss(self, trained: nn.Module, batch: dict[str, Any]) -> Tensor:

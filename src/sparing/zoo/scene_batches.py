@@ -1,4 +1,4 @@
-"""Batches of scenes with packed questions, as pictures or as words, for `scenes-llava`."""
+"""Batches of scenes with packed questions, as pictures or as words."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sparing.worlds import scenes
-from sparing.worlds.scenes import Question, Scene
+from sparing.worlds.grids import GridScene, GridWorld, Question
+from sparing.worlds.scenes import WORLD as SCENES
 from sparing.worlds.splits import Split
 from sparing.zoo.scene_recipe import SceneRecipe, Stage
 
@@ -48,8 +48,8 @@ class SceneBatch(NamedTuple):
 class SceneBatches(Dataset):
     """The batches of a run; batch i depends on the seed and on i alone, so that a resumed run sees the same."""
 
-    def __init__(self, recipe: SceneRecipe, tokenizer: PreTrainedTokenizerBase, seed: int):
-        self.recipe, self.tokenizer, self.seed = recipe, tokenizer, seed
+    def __init__(self, recipe: SceneRecipe, tokenizer: PreTrainedTokenizerBase, seed: int, world: GridWorld = SCENES):
+        self.recipe, self.tokenizer, self.seed, self.world = recipe, tokenizer, seed, world
 
     def __len__(self) -> int:
         return self.recipe.total_steps
@@ -61,23 +61,23 @@ class SceneBatches(Dataset):
         rng = np.random.default_rng([self.seed, index])
         # Few objects first: what a question asks for is found sooner where there is little to confuse it with.
         most = stage.most_objects(within)
-        spec = scenes.SceneSpec(objects=(1, most))
-        drawn = [scenes.draw_scene(rng, spec, "train") for _ in range(stage.rows)]
+        drawn = [self.world.draw(rng, "train", most) for _ in range(stage.rows)]
         weights = stage.weights or self.recipe.weights
-        asked = [scenes.questions(scene, rng, stage.questions, weights) for scene in drawn]
+        asked = [self.world.questions(scene, rng, stage.questions, weights) for scene in drawn]
         turns = rng.random() < stage.turns
-        batch = make_batch(drawn, asked, self.tokenizer, stage, rng, turns=turns)
+        batch = make_batch(drawn, asked, self.tokenizer, stage, rng, turns=turns, world=self.world)
         return batch._asdict()
 
 
 def make_batch(
-    drawn: Sequence[Scene],
+    drawn: Sequence[GridScene],
     asked: Sequence[Sequence[Question]],
     tokenizer: PreTrainedTokenizerBase,
     stage: Stage,
     rng: np.random.Generator,
     *,
     turns: bool = False,
+    world: GridWorld = SCENES,
 ) -> SceneBatch:
     """Makes a batch of scenes and their questions.
 
@@ -88,12 +88,13 @@ def make_batch(
         stage: says which form the scenes take.
         rng: chooses which bare cells are told, in text stages.
         turns: the questions of a row are turns of one chat, each seeing those before; otherwise none sees another.
+        world: whose scenes they are.
     """
     ids = tokenizer.get_vocab()
     truth = np.stack([_truth(scene) for scene in drawn])
     pixels = torch.zeros(0, 3, 1, 1)
     if stage.goal != "words":
-        pixels = normalise(scenes.paint(drawn))
+        pixels = normalise(world.paint(drawn))
     shown = [_shown(scene, stage, rng) for scene in drawn]
     width = max(map(len, shown))
     cells = np.full((len(drawn), width), -1)
@@ -149,13 +150,13 @@ def positions_and_mask(
     return positions, sees[:, None]
 
 
-def _truth(scene: Scene) -> np.ndarray:
+def _truth(scene: GridScene) -> np.ndarray:
     truth = scene.truth()
     row, column = np.indices(truth.kind.shape)
     return np.stack([truth.colour, truth.kind, row, column], -1).reshape(-1, 4)
 
 
-def _shown(scene: Scene, stage: Stage, rng: np.random.Generator) -> list[int]:
+def _shown(scene: GridScene, stage: Stage, rng: np.random.Generator) -> list[int]:
     columns, patches = scene.spec.columns, scene.spec.rows * scene.spec.columns
     if stage.goal != "words":
         return list(range(patches))
@@ -181,10 +182,15 @@ def _packed(asked: Sequence[Question], ids: dict[str, int], eos: int, turns: boo
 
 
 def validation_batch(
-    split: Split, per_task: int, tokenizer: PreTrainedTokenizerBase, stage: Stage, seed: int = 0
+    split: Split,
+    per_task: int,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: Stage,
+    seed: int = 0,
+    world: GridWorld = SCENES,
 ) -> tuple[SceneBatch, list[str]]:
     """One question a row, `per_task` of every task, with the task of each row: for figures while training."""
-    made = scenes.examples(split, per_task, seed)
+    made = world.examples(split, per_task, seed)
     rng = np.random.default_rng(seed)
-    batch = make_batch([m.scene for m in made], [[m.question] for m in made], tokenizer, stage, rng)
+    batch = make_batch([m.scene for m in made], [[m.question] for m in made], tokenizer, stage, rng, world=world)
     return batch, [m.question.task for m in made]

@@ -1,4 +1,4 @@
-"""Measures `scenes-llava` on held-out scenes and writes its model card."""
+"""Measures a model of scenes on held-out ones and writes its model card."""
 
 import itertools
 from collections import Counter
@@ -6,27 +6,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sparing.worlds import scenes
-from sparing.worlds.scenes import BlindGuesser, Example
-from sparing.zoo.figures import TEST_SEED, Figures, Score, by_difficulty, machine_words, wilson
-from sparing.zoo.scene_recipe import SceneRecipe, Stage
+from sparing.worlds.grids import BlindGuesser, Example, GridWorld, chance
+from sparing.worlds.grids.words import NOTHING
+from sparing.worlds.scenes import WORLD as SCENES
+from sparing.worlds.scenes import single_patch_share
+from sparing.zoo.figures import TEST_SEED, Figures, Score, by_difficulty, machine_words
+from sparing.zoo.precision import mixed
+from sparing.zoo.scene_recipe import ANSWERING, SceneRecipe, Stage
 
 BLIND_SHOWN = 1500
-PARTS = ("row", "column", "colour", "kind")
 
 
 @torch.inference_mode()
-def answers(model: Any, processor: Any, asked: Sequence[Example], batch: int = 50) -> list[str]:
+def answers(
+    model: Any, processor: Any, asked: Sequence[Example], batch: int = 50, world: GridWorld = SCENES
+) -> list[str]:
     """Returns the answers a model writes, decoded greedily from picture and question, one question a picture."""
     found: list[str] = []
     for first in range(0, len(asked), batch):
         part = asked[first : first + batch]
         inputs = processor(
-            images=[scenes.picture(example.scene) for example in part],
+            images=[world.picture(example.scene) for example in part],
             text=[f"<image> {example.question.text}" for example in part],
             return_tensors="pt",
             padding=True,
@@ -37,9 +42,9 @@ def answers(model: Any, processor: Any, asked: Sequence[Example], batch: int = 5
     return found
 
 
-def blind_guesser() -> BlindGuesser:
+def blind_guesser(world: GridWorld = SCENES) -> BlindGuesser:
     """The best that answers without pictures can be, told the answers of questions from the training split."""
-    return BlindGuesser(scenes.examples("train", BLIND_SHOWN, seed=TEST_SEED))
+    return BlindGuesser(world.examples("train", BLIND_SHOWN, seed=TEST_SEED))
 
 
 def scores(asked: Sequence[Example], found: Sequence[str]) -> dict[str, Score]:
@@ -48,53 +53,56 @@ def scores(asked: Sequence[Example], found: Sequence[str]) -> dict[str, Score]:
     for example, answer in zip(asked, found, strict=True):
         total[example.question.task] += 1
         right[example.question.task] += answer == example.question.answer
-    return {task: Score(right[task], total[task], level) for task, level in scenes.chance(asked).items()}
+    return {task: Score(right[task], total[task], level) for task, level in chance(asked).items()}
 
 
 @torch.inference_mode()
-def spoken_shares(model: Any, processor: Any, number: int, seed: int = TEST_SEED) -> dict[str, float]:
+def spoken_shares(
+    model: Any, processor: Any, number: int, seed: int = TEST_SEED, world: GridWorld = SCENES
+) -> dict[str, float]:
     """How often a patch's visual token is nearest to the right word's input embedding.
 
     Of the words of one part (all rows, all columns, all colours, all kinds) the one with the largest cosine is taken.
-    Patches with an object and bare ones are counted apart.
+    Patches with an object and bare ones are counted apart, and the objects also by what they are, such as letters.
 
     Args:
         model: in eval mode.
         processor: the model's own.
         number: test scenes.
         seed: of the scenes.
+        world: whose scenes they are.
 
     Returns:
-        `object row`, `object column`, ..., `bare kind`: shares.
+        `object row`, `object column`, ..., `bare kind`, and `letter kind` and the like: shares.
     """
-    drawn = list(itertools.islice(scenes.stream("test", seed), number))
-    inputs = processor.image_processor([scenes.picture(scene) for scene in drawn], return_tensors="pt")
+    drawn = list(itertools.islice(world.stream("test", seed), number))
+    inputs = processor.image_processor([world.picture(scene) for scene in drawn], return_tensors="pt")
     pixel_values = inputs["pixel_values"].to(model.device, model.dtype)
     seen = torch.stack(list(model.get_image_features(pixel_values).pooler_output)).float()
     embeddings = model.get_input_embeddings().weight.float()
     ids = processor.tokenizer.get_vocab()
-    spec = drawn[0].spec
-    words = (scenes.row_words(spec.rows), scenes.column_words(spec.columns), scenes.COLOUR_WORDS, scenes.KINDS)
     told = [scene.patch_words() for scene in drawn]
-    taken = torch.tensor([[patch[3] != scenes.NOTHING for patch in scene] for scene in told])
+    kinds = np.asarray([[patch[3] for patch in scene] for scene in told])
+    which = {"object": kinds != NOTHING, "bare": kinds == NOTHING}
+    which |= {name: np.isin(kinds, members) for name, members in world.groups.items()}
     shares: dict[str, float] = {}
-    for place, (part, options) in enumerate(zip(PARTS, words, strict=True)):
+    for place, (part, options) in enumerate(world.parts.items()):
         near = torch.nn.functional.normalize(embeddings[[ids[word] for word in options]], dim=-1)
         # The length of the visual token does not change which word is nearest.
         nearest = (seen @ near.T.to(seen.device)).argmax(-1).cpu()
         right = torch.tensor([[options.index(patch[place]) for patch in scene] for scene in told])
-        for name, which in (("object", taken), ("bare", ~taken)):
-            shares[f"{name} {part}"] = (nearest == right)[which].float().mean().item()
+        for name, taken in which.items():
+            shares[f"{name} {part}"] = (nearest == right)[torch.from_numpy(taken)].float().mean().item()
     return shares
 
 
-def measure(folder: Path, *, per_task: int, seconds: float) -> Figures:
-    """Asks a saved model `per_task` test questions of every task, with its weights as they are saved."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+def measure(folder: Path, *, per_task: int, seconds: float, world: GridWorld = SCENES) -> Figures:
+    """Asks a saved model `per_task` test questions of every task, with its weights as they are saved, in fp32."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    asked = scenes.examples("test", per_task, seed=TEST_SEED)
-    found = answers(model, processor, asked)
-    blind = blind_guesser()
+    asked = world.examples("test", per_task, seed=TEST_SEED)
+    found = answers(model, processor, asked, world=world)
+    blind = blind_guesser(world)
     guessed = scores(asked, [blind.answer(example.question) for example in asked])
     marks = [
         (example.question.task, example.difficulty, answer == example.question.answer)
@@ -107,7 +115,7 @@ def measure(folder: Path, *, per_task: int, seconds: float) -> Figures:
             **{f"blind {task}": score.accuracy for task, score in guessed.items()},
             **{
                 f"spoken {part}": share
-                for part, share in spoken_shares(model, processor, max(1, per_task // 2)).items()
+                for part, share in spoken_shares(model, processor, max(1, per_task // 2), world=world).items()
             },
         },
         seconds=seconds,
@@ -116,7 +124,9 @@ def measure(folder: Path, *, per_task: int, seconds: float) -> Figures:
     )
 
 
-def card(recipe: SceneRecipe, figures: Figures, *, hardware: Mapping[str, Any], seed: int) -> str:
+def card(
+    recipe: SceneRecipe, figures: Figures, *, hardware: Mapping[str, Any], seed: int, world: GridWorld = SCENES
+) -> str:
     """Writes the model card."""
     rows = []
     for task, score in figures.scores.items():
@@ -128,15 +138,16 @@ def card(recipe: SceneRecipe, figures: Figures, *, hardware: Mapping[str, Any], 
         )
     spoken = [
         f"| {part} | {figures.more[f'spoken object {part}']:.1%} | {figures.more[f'spoken bare {part}']:.1%} |"
-        for part in PARTS
+        for part in world.parts
     ]
+    spoken += [f"| kind, {group} only | {figures.more[f'spoken {group} kind']:.1%} | – |" for group in world.groups]
     stages = [_stage_row(stage) for stage in recipe.stages]
+    precision = "bf16 autocast over fp32 weights" if mixed("cuda" if hardware["gpus"] else "cpu") else "fp32"
     vision, text = recipe.config["vision_config"], recipe.config["text_config"]
     side = vision["image_size"]
     per_task = next(iter(figures.scores.values())).total
-    low, high = wilson(figures.scores["word"].right, per_task)
-    example = next(scenes.stream("test", TEST_SEED))
-    asked = scenes.examples("test", 1, seed=TEST_SEED)
+    example = next(world.stream("test", TEST_SEED))
+    asked = world.examples("test", 1, seed=TEST_SEED)
     return f"""---
 license: apache-2.0
 language: en
@@ -148,7 +159,7 @@ tags: [sparing, synthetic, vision]
 # {recipe.name}
 
 {recipe.summary}
-Pictures are {side}x{side} pixels, a grid of coloured shapes, letters and spelled words; every object fills
+Pictures are {side}x{side} pixels, a grid of {world.shows}; every object fills
 exactly one of the encoder's patches, so that what each visual token should know is known.
 
 A scene in words: `{example.tell()}`
@@ -168,8 +179,8 @@ A scene in words: `{example.tell()}`
 
 ## Data and training
 
-- Generated scenes (`sparing.worlds.scenes`), nothing else. A scene belongs to a split by a hash of what it shows: 90%
-  train, 5% validation, 5% test. The `blind` questions are {len(scenes.FACTS)} facts, the same in every split.
+- {world.source} A scene belongs to a split by a hash of what it shows: 90%
+  train, 5% validation, 5% test. The `blind` questions are {len(world.facts)} facts, the same in every split.
 - In stages; the model is the Hugging Face class throughout:
 
 | stage | steps | scenes a step | questions a scene | peak learning rate |
@@ -179,15 +190,14 @@ A scene in words: `{example.tell()}`
 - *patches*: the encoder names row, column, colour and kind of every patch through a linear probe, which is thrown away.
 - *words*: the language model alone. A patch is told as one token, the sum of the input embeddings of its four words
   (`r3`, `c4`, `red`, `circle`); patches with objects and some bare ones are told, each at its own position.
-- *align*: the projector alone learns to give these sums, by squared error.
-- *pictures*: everything, from pixels to answers; all patches, no sums. The rate was too high: it blurred the encoder,
-  which the next stages mend.
-- *tuning*: projector and language model from pixels to answers, the encoder frozen as in LLaVA.
-- *reading*: the language model alone, from pixels to answers.
+- *bridge*: the projector alone, from pixels to answers through the frozen language model, as in LLaVA's first stage.
+  Nothing says what a visual token should be, but the answers.
+- *tuning*: projector and language model, the encoder frozen, as in LLaVA's second stage.
+- *reading*: the language model alone.
 - Questions packed into a row do not see each other (in {recipe.stages[-1].turns:.0%} of the last stage's batches they do, as turns of
   one chat); only answers have a loss. Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
-- AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; bf16 autocast over fp32
-  weights; seed {seed}.
+- AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; {precision};
+  seed {seed}.
 - {figures.seconds / 60:.1f} minutes of wall-clock time on {machine_words(hardware)};
   torch {torch.__version__}, transformers {transformers.__version__}.
 
@@ -202,11 +212,8 @@ column has right answers and questions by the number of objects in the scene.
 | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-Someone who reads one letter of a spelled word and guesses the rest is right in {scenes.single_patch_share():.1%};
-the model's interval is {low:.1%} to {high:.1%}.
-
-What visual tokens say: how often the input embedding with the largest cosine, among the words of one part, is the right
-one ({max(1, per_task // 2)} test pictures). The align stages made it so; what came after was free to undo it.
+{_of_words(figures)}What visual tokens say: how often the input embedding with the largest cosine, among the words of one
+part, is the right one ({max(1, per_task // 2)} test pictures). No loss asked for it: the answers alone did.
 
 | part | patches with an object | bare patches |
 | --- | --- | --- |
@@ -215,11 +222,21 @@ one ({max(1, per_task // 2)} test pictures). The align stages made it so; what c
 ## Limits
 
 It has seen the forms of its world and nothing else; other wording, larger pictures, more objects, and scenes told as text were
-neither trained nor measured. That visual tokens lie near words is a result of how it was trained, so it says nothing
-about whether that emerges by itself. One seed; no claim about larger models follows from it.
+neither trained nor measured. The language model had read scenes told as sums of word embeddings before it saw pictures, which
+is more of a bridge than a caption is. No claim about larger models follows from it.
 
-Licence: Apache-2.0, for weights and data alike.
+{world.licence}
 """
+
+
+def _of_words(figures: Figures) -> str:
+    if "word" not in figures.scores:
+        return ""
+    low, high = figures.scores["word"].interval
+    return (
+        f"Someone who reads one letter of a spelled word and guesses the rest is right in {single_patch_share():.1%};\n"
+        f"the model's interval is {low:.1%} to {high:.1%}.\n\n"
+    )
 
 
 def _sizes(config: Mapping[str, Any]) -> str:
@@ -231,7 +248,7 @@ def _sizes(config: Mapping[str, Any]) -> str:
 
 
 def _stage_row(stage: Stage) -> str:
-    packed = stage.questions if stage.goal in ("words", "pictures", "tuning", "reading") else "–"
+    packed = stage.questions if stage.goal in ANSWERING else "–"
     return f"| {stage.goal} | {stage.steps:,} | {stage.rows} | {packed} | {stage.lr:g} |"
 
 

@@ -1,6 +1,9 @@
-"""What is particular about training `scenes-llava`: its model, its processor, and the loss of each stage."""
+"""What is particular about training on scenes: the model, its processor, and the loss of each stage."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +18,13 @@ from transformers import (
     set_seed,
 )
 
-from sparing.worlds import scenes
+from sparing.worlds.grids import GridWorld
+from sparing.worlds.scenes import WORLD as SCENES
 from sparing.worlds.vocabulary import closed_tokenizer
 from sparing.zoo.course import Course
 from sparing.zoo.scene_batches import IGNORED, SceneBatch, SceneBatches, positions_and_mask, validation_batch
-from sparing.zoo.scene_recipe import SceneRecipe
+from sparing.zoo.scene_recipe import ANSWERING, SceneRecipe
+from sparing.zoo.scene_worlds import world_of
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}"
@@ -30,15 +35,14 @@ CHAT = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
-CLASSES = (len(scenes.COLOURS), len(scenes.KINDS), 10, 10)
 
 
-def build_processor(recipe: SceneRecipe) -> LlavaProcessor:
+def build_processor(recipe: SceneRecipe, world: GridWorld = SCENES) -> LlavaProcessor:
     """Builds the processor: pictures of the encoder's size, words of the world."""
     vision = recipe.config["vision_config"]
     side = vision["image_size"]
     tokenizer = closed_tokenizer(
-        scenes.vocabulary(), ["<image>"], recipe.config["text_config"]["max_position_embeddings"]
+        world.vocabulary(), ["<image>"], recipe.config["text_config"]["max_position_embeddings"]
     )
     pictures = CLIPImageProcessorPil(
         size={"shortest_edge": side},
@@ -75,10 +79,11 @@ def build_model(recipe: SceneRecipe, processor: LlavaProcessor, seed: int) -> An
 class SceneStudent(nn.Module):
     """The model and the probe that its encoder is trained through; the loss depends on the batch's goal."""
 
-    def __init__(self, model: Any, end_weight: float, eos: int):
+    def __init__(self, model: Any, end_weight: float, eos: int, world: GridWorld = SCENES):
         super().__init__()
         self.model = model
-        self.probe = nn.Linear(model.config.vision_config.hidden_size, sum(CLASSES))
+        self.classes = [len(world.parts[part]) for part in ("colour", "kind", "row", "column")]
+        self.probe = nn.Linear(model.config.vision_config.hidden_size, sum(self.classes))
         self.end_weight, self.eos = end_weight, eos
 
     def forward(self, **fields: Any) -> dict[str, Tensor]:
@@ -87,16 +92,16 @@ class SceneStudent(nn.Module):
         losses = {
             "patches": self._patch_loss,
             "words": self._answer_loss,
-            "align": self._alignment_loss,
-            "pictures": self._answer_loss,
+            "bridge": self._answer_loss,
             "tuning": self._answer_loss,
             "reading": self._answer_loss,
         }
-        return {"loss": losses[batch.goal](batch)}
+        with _frozen(self.model.model.language_model, self.model.lm_head, when=batch.goal == "bridge"):
+            return {"loss": losses[batch.goal](batch)}
 
     def patch_logits(self, pixel_values: Tensor) -> list[Float[Tensor, "b p classes"]]:
         """What the probe says of each patch: colour, kind, row and column."""
-        return list(self.probe(self.seen(pixel_values)).split(CLASSES, -1))
+        return list(self.probe(self.seen(pixel_values)).split(self.classes, -1))
 
     def answer_logits(self, batch: SceneBatch) -> tuple[Float[Tensor, "n v"], Int[Tensor, " n"]]:
         """The logits where an answer or its end is predicted, with the right tokens."""
@@ -124,9 +129,9 @@ class SceneStudent(nn.Module):
     def projected(self, pixel_values: Tensor, goal: str) -> Float[Tensor, "b p d"]:
         """A patch seen: what the projector makes of the encoder's last layer, with gradients for what the goal trains."""
         wanted = torch.is_grad_enabled()
-        with torch.set_grad_enabled(wanted and goal == "pictures"):
+        with torch.no_grad():
             seen = self.seen(pixel_values)
-        with torch.set_grad_enabled(wanted and goal in ("pictures", "tuning")):
+        with torch.set_grad_enabled(wanted and goal in ("bridge", "tuning")):
             return self.model.model.multi_modal_projector(seen)
 
     def _patch_loss(self, batch: SceneBatch) -> Tensor:
@@ -139,21 +144,24 @@ class SceneStudent(nn.Module):
         ]
         return (torch.stack(losses).sum(0) * weight).sum() / weight.sum()
 
-    def _alignment_loss(self, batch: SceneBatch) -> Tensor:
-        model = self.model.model
-        with torch.no_grad():
-            wanted = self.summed(batch.cell_words).float()
-            seen = self.seen(batch.pixel_values)
-        kind = batch.truth[..., 1]
-        weight = torch.where(kind > 0, (kind == 0).sum() / (kind > 0).sum().clamp(min=1), 1.0)
-        off = (model.multi_modal_projector(seen).float() - wanted).square().sum(-1)
-        return (off * weight).sum() / (wanted.square().sum(-1) * weight).sum()
-
     def _answer_loss(self, batch: SceneBatch) -> Tensor:
         logits, right = self.answer_logits(batch)
         losses = nn.functional.cross_entropy(logits.float(), right, reduction="none")
         weight = torch.where(right == self.eos, self.end_weight, 1.0)
         return (losses * weight).sum() / weight.sum()
+
+
+@contextmanager
+def _frozen(*modules: nn.Module, when: bool) -> Iterator[None]:
+    """Gradients pass through these modules, and are not computed for their weights."""
+    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad] if when else []
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 @torch.inference_mode()
@@ -174,12 +182,13 @@ class SceneCourse(Course):
     recipe: SceneRecipe
     trained: SceneStudent
 
-    def __init__(self, recipe: SceneRecipe, seed: int):
+    def __init__(self, recipe: SceneRecipe, seed: int, data: Path | None = None):
         self.recipe, self.seed = recipe, seed
-        self.processor = build_processor(recipe)
+        self.world = world_of(recipe, data)
+        self.processor = build_processor(recipe, self.world)
         self.model = build_model(recipe, self.processor, seed)
-        self.trained = SceneStudent(self.model, recipe.end_weight, self.processor.tokenizer.eos_token_id)
-        self.batches = SceneBatches(recipe, self.processor.tokenizer, seed)
+        self.trained = SceneStudent(self.model, recipe.end_weight, self.processor.tokenizer.eos_token_id, self.world)
+        self.batches = SceneBatches(recipe, self.processor.tokenizer, seed, self.world)
 
     def loss(self, trained: nn.Module, batch: dict[str, Any]) -> Tensor:
         """As in `Course`: that of the batch's stage."""
@@ -188,9 +197,11 @@ class SceneCourse(Course):
     def watch(self, step: int) -> dict[str, float]:
         """As in `Course`: accuracy by task, in the form that the stage trains on, every so many steps."""
         stage, _ = self.recipe.stage_of(step - 1)
-        if step % self.recipe.watch_every or stage.goal not in ("words", "pictures", "tuning", "reading"):
+        if step % self.recipe.watch_every or stage.goal not in ANSWERING:
             return {}
-        batch, tasks = validation_batch("validation", self.recipe.watched, self.processor.tokenizer, stage)
-        with torch.autocast(self.model.device.type, torch.bfloat16):
+        batch, tasks = validation_batch(
+            "validation", self.recipe.watched, self.processor.tokenizer, stage, world=self.world
+        )
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed):
             shares = task_shares(self.trained, batch, tasks)
         return {task: round(share, 3) for task, share in shares.items()}

@@ -1,4 +1,4 @@
-"""The recipe of `scenes-llava`: a small vision-language model, trained in four stages."""
+"""The recipe of `scenes-llava`: a small vision-language model, trained in five stages."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -7,7 +7,9 @@ from typing import Literal
 
 from sparing.zoo.recipe import Recipe
 
-Goal = Literal["patches", "words", "align", "pictures", "tuning", "reading"]
+Goal = Literal["patches", "words", "bridge", "tuning", "reading"]
+ANSWERING: tuple[Goal, ...] = ("words", "bridge", "tuning", "reading")
+"""Goals whose loss is that of answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +19,9 @@ class Stage:
     Attributes:
         goal: `patches`: the encoder names colour, kind, row and column of each patch, through a linear probe that is
             thrown away. `words`: the language model answers questions about scenes in which each shown patch is one
-            token, the sum of the input embeddings of its four words. `align`: the projector, the rest frozen, turns
-            patches into these sums. `pictures`: all of the model, from pixels to answers. `tuning`: the same with the
-            encoder frozen, as LLaVA is trained. `reading`: the same with the projector frozen too.
+            token, the sum of the input embeddings of its four words. `bridge`: from pixels to answers, the projector alone,
+            as in LLaVA's first stage: nothing says what a visual token should be, but the answers. `tuning`: projector and
+            language model, as in LLaVA's second. `reading`: the language model alone.
         steps: optimiser steps.
         rows: scenes in a step.
         questions: questions packed into a row.
@@ -27,10 +29,11 @@ class Stage:
         warmup: steps until the peak.
         cooldown: share of the steps, at the end, in which the rate falls linearly.
         floor: share of the peak that it falls to.
-        growing: steps in which the most objects of a scene grow from one to six.
+        most: most objects of a scene.
+        growing: steps in which they grow from one to `most`.
         bare: fewest and most patches without an object that are told (`words` only); their number is log-uniform.
         turns: share of batches in which questions are turns of one chat, each seeing those before it.
-        weights: how often each task is asked, in the order of `scenes.TASKS`; the recipe's by default.
+        weights: how often each task is asked, in the order of the world's tasks; the recipe's by default.
     """
 
     goal: Goal
@@ -41,14 +44,15 @@ class Stage:
     warmup: int = 20
     cooldown: float = 0.3
     floor: float = 0.05
+    most: int = 6
     growing: int = 0
     bare: tuple[int, int] = (1, 12)
     turns: float = 0.0
     weights: tuple[float, ...] | None = None
 
-    def most_objects(self, step: int, most: int = 6) -> int:
+    def most_objects(self, step: int) -> int:
         """The most objects of a scene at a step of the stage."""
-        return most if step >= self.growing else 1 + step * (most - 1) // self.growing
+        return self.most if step >= self.growing else 1 + step * (self.most - 1) // self.growing
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step of the stage: up, flat, down."""
@@ -59,16 +63,18 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneRecipe(Recipe):
-    """A LLaVA that is trained on `sparing.worlds.scenes`.
+    """A LLaVA that is trained on scenes on a grid.
 
     Attributes:
+        world: `scenes`: drawn ones, `sparing.worlds.scenes`. `real-scenes`: those of `sparing.worlds.real_scenes`.
         stages: the parts of the run, in order; each goes on with the weights that the one before left.
-        weights: how often each task is asked in training, in the order of `scenes.TASKS`.
+        weights: how often each task is asked in training, in the order of the world's tasks.
         end_weight: weight in the loss of the end of an answer, where its words weigh 1.
         watch_every: steps between looks at the validation split; a multiple of the 20 steps between log lines.
         watched: validation questions of each task.
     """
 
+    world: Literal["scenes", "real-scenes"] = "scenes"
     stages: tuple[Stage, ...]
     weights: tuple[float, ...]
     end_weight: float = 0.1
@@ -142,89 +148,50 @@ SCENES_LLAVA = SceneRecipe(
         }
     ),
     stages=(
-        Stage(goal="patches", steps=440, rows=32, questions=1, lr=2e-3),
-        Stage(goal="words", steps=444, rows=12, questions=16, lr=1.5e-3, cooldown=0.0, growing=300, bare=(1, 30)),
+        Stage(goal="patches", steps=500, rows=32, questions=1, lr=2e-3),
         # Progress goes by the step rather than by the question here: small steps are cheaper.
-        Stage(goal="words", steps=1116, rows=8, questions=8, lr=1.5e-3, cooldown=0.0, bare=(1, 30)),
+        Stage(goal="words", steps=1500, rows=8, questions=8, lr=1.5e-3, cooldown=0.0, growing=300, bare=(1, 30)),
         # What is known by now makes room for places, relations and counts.
         Stage(
             goal="words",
-            steps=1100,
+            steps=2500,
             rows=8,
             questions=8,
             lr=1.5e-3,
-            cooldown=0.0,
+            cooldown=0.4,
             bare=(1, 30),
-            weights=(0.5, 1.2, 0.8, 1.2, 0.1, 0.2, 2.0, 3.5, 3.0, 2.0, 0.2),
+            weights=(0.5, 1.2, 0.8, 2.0, 0.1, 0.2, 3.0, 3.0, 2.5, 2.2, 0.2),
         ),
         Stage(
-            goal="words",
-            steps=718,
-            rows=8,
-            questions=8,
-            lr=1.5e-3,
-            cooldown=0.0,
-            bare=(1, 30),
-            weights=(0.6, 0.8, 0.6, 2.5, 0.2, 0.3, 4.0, 1.8, 1.2, 2.5, 0.5),
-        ),
-        Stage(
-            goal="words",
-            steps=1182,
-            rows=8,
-            questions=8,
-            lr=1e-3,
-            warmup=1,
-            cooldown=570 / 1182,
-            bare=(1, 30),
-            weights=(0.6, 0.8, 0.6, 2.5, 0.2, 0.3, 4.0, 1.8, 1.2, 2.5, 0.5),
-        ),
-        Stage(goal="align", steps=1000, rows=24, questions=1, lr=2e-3),
-        # Too high a rate: it blurred the encoder (kinds right in 90% of objects) and lost the alignment. It stays here
-        # because the weights went through it; the stages after it mend that.
-        Stage(
-            goal="pictures",
-            steps=494,
+            goal="bridge",
+            steps=1000,
             rows=6,
             questions=12,
-            lr=5.333e-4,
-            cooldown=0.0,
-            turns=0.1,
-            weights=(1.0, 1.0, 1.0, 2.0, 0.3, 0.4, 3.5, 2.0, 1.2, 2.5, 0.4),
+            lr=2e-3,
+            growing=300,
+            weights=(1.0, 1.0, 1.2, 1.0, 0.5, 0.5, 1.0, 1.0, 1.0, 1.2, 0.1),
         ),
-        Stage(goal="patches", steps=300, rows=32, questions=1, lr=6.667e-4, cooldown=0.5),
-        Stage(goal="align", steps=1200, rows=24, questions=1, lr=2e-3),
         Stage(
             goal="tuning",
-            steps=493,
+            steps=1200,
             rows=6,
             questions=12,
-            lr=3e-4,
-            cooldown=0.0,
+            lr=6e-4,
+            cooldown=0.2,
+            floor=0.5,
             turns=0.1,
-            weights=(1.0, 1.0, 1.0, 2.0, 0.3, 0.4, 3.5, 2.0, 1.2, 2.5, 0.4),
-        ),
-        # By now `cell` goes by the row alone: wrong answers are letters of the same row.
-        Stage(
-            goal="tuning",
-            steps=1337,
-            rows=6,
-            questions=12,
-            lr=4e-4,
-            cooldown=297 / 1337,
-            floor=0.81913,
-            turns=0.1,
-            weights=(0.6, 0.6, 0.6, 5.0, 0.2, 0.3, 4.0, 1.2, 0.8, 2.5, 0.4),
+            weights=(0.8, 0.8, 1.0, 3.0, 0.3, 0.4, 4.0, 1.6, 1.2, 2.5, 0.4),
         ),
         # With the projector fixed too, the language model bears a higher rate.
         Stage(
             goal="reading",
-            steps=2000,
+            steps=1200,
             rows=6,
             questions=12,
             lr=1e-3,
             cooldown=0.5,
             turns=0.1,
-            weights=(0.8, 0.8, 0.8, 4.0, 0.2, 0.3, 4.0, 1.5, 0.8, 2.5, 0.4),
+            weights=(0.8, 0.8, 0.9, 4.0, 0.2, 0.3, 4.0, 1.5, 0.8, 2.5, 0.4),
         ),
     ),
     # shape colour letter cell background behind count relation point word blind

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparing.zoo.course import Course
+from sparing.zoo.precision import mixed
 from sparing.zoo.recipe import Recipe
 from sparing.zoo.scene_course import SceneCourse
 from sparing.zoo.scene_recipe import SceneRecipe
@@ -26,16 +27,17 @@ LOG = "log.jsonl"
 FINAL = "final"
 
 
-def course_of(recipe: Recipe, seed: int) -> Course:
+def course_of(recipe: Recipe, seed: int, data: Path | None = None) -> Course:
     """Makes a recipe ready to run, with fresh weights that depend on the seed alone.
 
     Raises:
-        ValueError: nothing here trains such a recipe.
+        FileNotFoundError: real pictures are not in `data`.
+        ValueError: nothing here trains such a recipe, or it needs `data` and there is none.
     """
     if isinstance(recipe, TextRecipe):
         return TextCourse(recipe, seed)
     if isinstance(recipe, SceneRecipe):
-        return SceneCourse(recipe, seed)
+        return SceneCourse(recipe, seed, data)
     raise ValueError(f"expected a TextRecipe or a SceneRecipe, got a {type(recipe).__name__}: add a Course for it")
 
 
@@ -46,6 +48,7 @@ def train(
     seed: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    data: Path | None = None,
     fresh: bool = False,
     checkpoint_every: int = 250,
     bar: bool = True,
@@ -61,6 +64,7 @@ def train(
         seed: of weights and data; the recipe's by default.
         device: `cpu` or `cuda`.
         threads: CPU threads; PyTorch's choice by default.
+        data: folder of real pictures, for a recipe whose world is made of them.
         fresh: start again although `out` holds checkpoints.
         checkpoint_every: steps between checkpoints.
         bar: show a progress bar.
@@ -70,7 +74,8 @@ def train(
 
     Raises:
         KeyboardInterrupt: the run was ended before its last step.
-        ValueError: `out` holds a run of another recipe or seed.
+        FileNotFoundError: real pictures are not in `data`.
+        ValueError: `out` holds a run of another recipe or seed, or the recipe needs `data` and there is none.
     """
     seed = recipe.seed if seed is None else seed
     if threads:
@@ -81,7 +86,8 @@ def train(
             shutil.rmtree(old)
     checkpoint = _last_checkpoint(out)
     _claim(out, recipe, seed, resuming=checkpoint is not None)
-    course = course_of(recipe, seed)
+    course = course_of(recipe, seed, data)
+    course.mixed = mixed(device)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=recipe.total_steps,
@@ -90,7 +96,7 @@ def train(
         weight_decay=recipe.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=mixed(device),
         use_cpu=device == "cpu",
         seed=seed,
         # Rows are random already; in order, the position in the data is the step and nothing else.

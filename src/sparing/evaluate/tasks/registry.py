@@ -17,6 +17,9 @@ def known_tasks() -> Mapping[str, type[Task]]:
     from sparing.evaluate.tasks.harness import ChoiceTask, HarnessTask
     from sparing.evaluate.tasks.lmms import LmmsTask
     from sparing.evaluate.tasks.perplexity import PerplexityTask
+    from sparing.evaluate.tasks.scene_lens import SceneLensTask
+    from sparing.evaluate.tasks.scene_transplant import SceneTransplantTask
+    from sparing.evaluate.tasks.scenes import ScenesTask
     from sparing.evaluate.tasks.timing import SpeedTask
 
     found: dict[str, type[Task]] = {
@@ -26,6 +29,9 @@ def known_tasks() -> Mapping[str, type[Task]]:
         "generation": GenerationTask,
         "speed": SpeedTask,
         "lmms": LmmsTask,
+        "scenes": ScenesTask,
+        "scene_lens": SceneLensTask,
+        "scene_transplant": SceneTransplantTask,
     }
     for point in entry_points(group="sparing.tasks"):
         found.setdefault(point.name, point.load())

@@ -13,33 +13,22 @@ right answer each:
 A model whose visual tokens are the patches in reading order has patch (row, column) at token `row * columns + column`.
 """
 
+from sparing.worlds.grids import BlindGuesser, Example, Question, Thing, Truth, chance, column_words, row_words
+from sparing.worlds.grids.words import COLOUR_WORDS, COLOURS, COUNTS, NOTHING
 from sparing.worlds.scenes.painting import paint, picture
 from sparing.worlds.scenes.questions import (
     TASKS,
-    BlindGuesser,
-    Example,
-    Question,
+    WORLD,
+    ScenesWorld,
     ask,
-    chance,
+    draw_scene,
     examples,
     questions,
     single_patch_share,
+    stream,
 )
-from sparing.worlds.scenes.scene import Scene, SceneSpec, Thing, Truth, draw_scene, stream
-from sparing.worlds.scenes.words import (
-    COLOUR_WORDS,
-    COLOURS,
-    COUNTS,
-    FACTS,
-    KINDS,
-    LETTERS,
-    LEXICON,
-    NOTHING,
-    SHAPES,
-    column_words,
-    row_words,
-    vocabulary,
-)
+from sparing.worlds.scenes.scene import Scene, SceneSpec
+from sparing.worlds.scenes.words import FACTS, KINDS, LETTERS, LEXICON, SHAPES, vocabulary
 
 __all__ = [
     "COLOURS",
@@ -52,11 +41,13 @@ __all__ = [
     "NOTHING",
     "SHAPES",
     "TASKS",
+    "WORLD",
     "BlindGuesser",
     "Example",
     "Question",
     "Scene",
     "SceneSpec",
+    "ScenesWorld",
     "Thing",
     "Truth",
     "ask",

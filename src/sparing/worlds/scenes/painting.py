@@ -8,8 +8,9 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sparing.worlds.grids.words import COLOURS
 from sparing.worlds.scenes.scene import Scene
-from sparing.worlds.scenes.words import COLOURS, KINDS, SHAPES
+from sparing.worlds.scenes.words import KINDS, SHAPES
 
 SUPERSAMPLING = 8
 SIZES = (0.82, 0.91, 1.0)

@@ -3,30 +3,22 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-COLOURS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
-    {
-        "red": (220, 40, 40),
-        "green": (40, 160, 60),
-        "blue": (50, 80, 220),
-        "yellow": (240, 220, 50),
-        "purple": (150, 60, 190),
-        "orange": (245, 140, 30),
-        "black": (20, 20, 20),
-        "white": (245, 245, 245),
-    }
+from sparing.worlds.grids.words import (
+    COLOUR_FACTS,
+    COLOUR_WORDS,
+    COUNTS,
+    HORIZONTAL,
+    NOTHING,
+    SUMS,
+    VERTICAL,
+    column_words,
+    row_words,
 )
-"""Colour words and their RGB values. Objects and backgrounds share them; an object never has its background's."""
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 LETTERS = tuple("abcdeghilnoprstu")
-NOTHING = "nothing"
 KINDS = (NOTHING, *SHAPES, *LETTERS)
 """What can stand in a patch. The index is the class of a patch's label; 0 is the bare background."""
-
-COLOUR_WORDS = tuple(COLOURS)
-COUNTS = ("zero", "one", "two", "three", "four")
-HORIZONTAL = ("left", "right")
-VERTICAL = ("above", "below")
 
 LEXICON = (
     "bad", "bag", "bat", "bed", "bet", "big", "bit", "bug",
@@ -38,22 +30,13 @@ LEXICON = (
 
 FACTS: Mapping[str, str] = MappingProxyType(
     {
-        "what colour is grass ?": "green",
-        "what colour is snow ?": "white",
-        "what colour is coal ?": "black",
-        "what colour is sky ?": "blue",
-        "what colour is blood ?": "red",
-        "what colour is lemon ?": "yellow",
+        **COLOUR_FACTS,
         "how many corners has triangle ?": "three",
         "how many corners has square ?": "four",
         "how many corners has diamond ?": "four",
         "how many corners has circle ?": "zero",
         "how many corners has ring ?": "zero",
-        **{
-            f"what is {COUNTS[one]} plus {COUNTS[other]} ?": COUNTS[one + other]
-            for one in range(5)
-            for other in range(5 - one)
-        },
+        **SUMS,
     }
 )
 """Questions that need no picture. They are few, and the same in every split: they can only be known by heart."""
@@ -75,16 +58,6 @@ FORM = (
     "?",
     ".",
 )
-
-
-def row_words(rows: int) -> tuple[str, ...]:
-    """The words of the rows of a grid, top to bottom: `r1`, `r2`, ..."""
-    return tuple(f"r{row + 1}" for row in range(rows))
-
-
-def column_words(columns: int) -> tuple[str, ...]:
-    """The words of the columns of a grid, left to right: `c1`, `c2`, ..."""
-    return tuple(f"c{column + 1}" for column in range(columns))
 
 
 def vocabulary(rows: int = 10, columns: int = 10) -> tuple[str, ...]:
