@@ -267,16 +267,17 @@ def test_a_large_page_is_small_enough_and_there_at_once(pages):
     path, look = pages["large"]
     assert look.lenses[0].ids.shape == (33, 585, 10)
     assert path.stat().st_size < 8_000_000
-    # The best of three: other tests share these cores.
     program = """
     const start = performance.now();
     at("pointermove", 12, 12, 24, 24); slider.value = 20; slider.dispatchEvent(new Event("input"));
     input.value = "red"; input.dispatchEvent(new Event("input")); key(input, "Enter");
     seen.took = performance.now() - start;
     """
-    seen = [probe(path, program)[0] for _ in range(3)]
-    assert min(s["ready"] for s in seen) < 1000
-    assert min(s["took"] for s in seen) < 500
+    # The best of three, in turns with a page that holds almost nothing: other tests share these cores.
+    large, small = zip(*((probe(path, program)[0], probe(pages["small"][0], "")[0]) for _ in range(3)), strict=True)
+    reference = min(seen["ready"] for seen in small)
+    assert min(seen["ready"] for seen in large) < max(1000, 5 * reference)
+    assert min(seen["took"] for seen in large) < max(300, 2 * reference)
 
 
 @pytest.mark.parametrize("width", [1280, 500])

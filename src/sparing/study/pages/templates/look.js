@@ -356,11 +356,11 @@ svg.addEventListener("keydown", (event) => {
 });
 
 /* Search: words that are on every patch's map first, then those that are some patch's best. */
-const plain = once("plain", () => data.words.map((word) => word.trim().toLowerCase()));
+const lowered = () => once("lowered", () => data.words.map((word) => word.trim().toLowerCase()));
 const everywhere = new Set(data.maps.words);
 let marked = -1;
 function suggest() {
-  const typed = input.value.trim().toLowerCase(), found = [[], [], [], []];
+  const typed = input.value.trim().toLowerCase(), found = [[], [], [], []], plain = lowered();
   const consider = (word) => {
     const rank = plain[word] === typed ? 0 : plain[word].startsWith(typed) ? 1 : plain[word].includes(typed) ? 2 : 3;
     if (rank < 3) found[rank].push(word);
