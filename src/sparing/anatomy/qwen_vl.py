@@ -83,6 +83,21 @@ class QwenVLAnatomy(VisionAnatomy):
             down, across = height // merge, width // merge
             yield ImageSpan(0, down * across, (down, across))
 
+    def pixels(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"]]:
+        """As in `VisionAnatomy`, from the flat patches, which come merged token by merged token."""
+        vision = self.config.vision_config
+        merge, (high, wide) = vision.spatial_merge_size, both_sides(vision.patch_size)
+        grids = inputs["image_grid_thw"]
+        found = []
+        for (_, height, width), patches in zip(
+            grids.tolist(), inputs["pixel_values"].split(grids.prod(1).tolist()), strict=True
+        ):
+            # Frames of one picture repeat it: the first is enough.
+            shape = (height // merge, width // merge, merge, merge, vision.in_channels, -1, high, wide)
+            tiles = patches.reshape(shape)[:, :, :, :, :, 0]
+            found.append(tiles.permute(4, 0, 2, 5, 1, 3, 6).reshape(vision.in_channels, height * high, width * wide))
+        return found
+
     def read_tokens(self, inputs: Mapping[str, Any]) -> TokenMap:
         """As in `Anatomy`, with the model's own positions where they can be told."""
         found = super().read_tokens(inputs)

@@ -93,6 +93,24 @@ class VisionAnatomy(Anatomy):
         height, width = self.grid
         return ImageSpan(0, height * width, self.grid)
 
+    def pixels(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"]]:
+        """What the encoder is given of each picture (each span of the rows, in order), normalised as it comes.
+
+        Only what the span's grid covers: pixels that the encoder's patches leave over at the edge are cut off, and so is padding
+        of which no token is left. Divided evenly, pixels fall to the tokens of the grid.
+        """
+        return [self._covered(one) for one in inputs["pixel_values"].flatten(0, -4)]
+
+    def overviews(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"] | None]:
+        """Of each picture, what the encoder is given as a whole beside its tiles, where those tokens lie before its grid."""
+        return [None] * len(self.pixels(inputs))
+
+    def _covered(self, picture: Tensor) -> Tensor:
+        """A picture without the edge that is too narrow for a patch."""
+        high, wide = both_sides(self.config.vision_config.patch_size)
+        height, width = picture.shape[-2:]
+        return picture[..., : height - height % high, : width - width % wide]
+
     def read_tokens(self, inputs: Mapping[str, Any]) -> TokenMap:
         """As in `Anatomy`.
 

@@ -48,7 +48,7 @@ class SkipModules(Policy):
         self.where = where
         if self.hide and groups is None and where is None:
             raise ValueError(
-                f"SkipModules(hide={sorted(self.hide)}): say whom to hide with groups= or where=; every token's attention is attention="
+                f"SkipModules(hide={sorted(self.hide)}): name tokens with groups= or where="
             )
         # A selection looks at the whole prompt.
         self.causal = not isinstance(where, Selection)
