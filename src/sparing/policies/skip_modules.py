@@ -47,9 +47,7 @@ class SkipModules(Policy):
         self.groups = None if groups is None else tuple(groups)
         self.where = where
         if self.hide and groups is None and where is None:
-            raise ValueError(
-                f"SkipModules(hide={sorted(self.hide)}): name tokens with groups= or where="
-            )
+            raise ValueError(f"SkipModules(hide={sorted(self.hide)}): say whom to hide with groups= or where=")
         # A selection looks at the whole prompt.
         self.causal = not isinstance(where, Selection)
 
