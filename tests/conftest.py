@@ -35,6 +35,30 @@ def llava_batch():
     return models.llava_batch
 
 
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token a word, as many as the tiny models have."""
+    from evaluate_cases import word_tokenizer
+
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def solver():
+    """The shipped model, which can really do some arithmetic, in float32; and its tokenizer."""
+    from evaluate_cases import arithmetic_solver
+
+    return arithmetic_solver()
+
+
+@pytest.fixture
+def own_datasets_cache(tmp_path, monkeypatch):
+    """`datasets` keeps what it read in a folder of the test's own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
 def policy_case(request):
     """Every policy, in every variant that is a method of its own."""

@@ -73,10 +73,25 @@ def loss(values: Sequence[float], *, name: str = "loss") -> Result:
     return done({name: figure}, {name: {f"w{i}": value for i, value in enumerate(values)}})
 
 
-def stored(folder: Path, cells: Sequence[tuple[Cell, Result]], *, pending: Sequence[Cell] = (), **about: Any) -> Path:
-    """Write a folder as a run leaves it."""
+def stored(
+    folder: Path,
+    cells: Sequence[tuple[Cell, Result]],
+    *,
+    pending: Sequence[Cell] = (),
+    control_of: Mapping[str, str] | None = None,
+    **about: Any,
+) -> Path:
+    """Write a folder as a run leaves it; `control_of` names methods whose variants are each other's, by what varies."""
     folder.mkdir(parents=True, exist_ok=True)
     all_cells = [c for c, _ in cells] + list(pending)
+    methods = list({c.method.label: c.method for c in all_cells}.values())
+    places = {method.label: i for i, method in enumerate(methods)}
+    matched = [
+        (places[arm.label], places[control.label])
+        for arm in methods
+        for control in methods
+        if (control_of or {}).get(control.name) == arm.name and arm.varied == control.varied
+    ]
     with Store(folder / "results.sqlite", create=True) as store:
         # Nothing here must outlive a power cut, and a thousand waits for the disk take half a minute.
         store._base.execute("PRAGMA synchronous = OFF")
@@ -87,6 +102,8 @@ def stored(folder: Path, cells: Sequence[tuple[Cell, Result]], *, pending: Seque
             **{**defaults, **about},
             cells=[c.key for c in all_cells],
             labels={c.key: c.label for c in all_cells},
+            variants={c.key: places[c.method.label] for c in all_cells},
+            matched=matched,
         )
     return folder
 
@@ -127,7 +144,13 @@ def realistic(folder: Path, *, seeds: int = 3, budgets: Sequence[float] = (0.9, 
     ]
     pending = [cell("tiny-llama", variant("later"), tasks[0])]
     return stored(
-        folder, cells, pending=pending, study="invented", about=f"All of it is made up. {EVIL}", questions=questions
+        folder,
+        cells,
+        pending=pending,
+        control_of={"random": "search"},
+        study="invented",
+        about=f"All of it is made up. {EVIL}",
+        questions=questions,
     )
 
 

@@ -104,6 +104,26 @@ def test_a_click_on_a_value_shows_all_that_is_known_of_its_cells(page):
     assert not dialog.is_visible()
 
 
+def test_a_value_tells_how_it_came_out_against_its_control(page):
+    row = page.locator("table.grid >> nth=0 >> tbody >> nth=0 >> tr", has_text="search (budget=0.7)")
+    assert "control: random (budget=0.7)" in row.locator("th").inner_text()
+    value = row.locator("button.open").first
+    assert "random: better −0.191" in " ".join(value.inner_text().split())
+    colours = [
+        value.locator(f"small.{name}").evaluate("(e) => getComputedStyle(e).color") for name in ("better", "worse")
+    ]
+    assert colours[0] != colours[1]
+    value.click()
+    said = page.locator("dialog").inner_text()
+    assert "against its control random (budget=0.7): −0.191, 95%:" in said
+    assert "its control: random (budget=0.7)" in said
+    # Its own cell is open; the control's three seeds wait to be.
+    assert page.locator("dialog .one").count() == 4
+    assert page.locator("dialog .one[open]").count() == 1
+    page.locator("dialog .one summary", has_text="seed 2").first.click()
+    assert "method.with.budget" in page.locator("dialog .one").last.inner_text()
+
+
 def test_points_tell_what_they_are_to_pointer_and_keyboard(page):
     tip = page.locator("#tip")
     point = page.locator(".plot:not([hidden]) .pt").first

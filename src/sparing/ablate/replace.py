@@ -1,10 +1,11 @@
-"""Replace what chosen tokens hold by something that says nothing."""
+"""Replace what chosen tokens hold: by something that says nothing, or by what others held."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sparing.ablate.places import Where, named, pictures_of, settled, tokens_at
@@ -19,13 +20,20 @@ class _Replace(Rewrite):
 
     name = "replace"  # type: ignore[assignment]
 
-    def __init__(self, where: Where, by: str, seed: int, layer: int) -> None:
+    def __init__(self, where: Where, by: str | Tensor, seed: int, layer: int) -> None:
         super().__init__(layer)
         self.where, self.by, self.seed = settled(where, "replace(where=...)"), by, seed
 
     def settle(self, view: PromptView) -> dict[str, Tensor]:
         found = {"chosen": tokens_at(view, self.where, "replace(where=...)")}
-        if self.by == "mean":
+        if isinstance(self.by, Tensor):
+            if self.by.shape[:2] != view.tokens.group.shape or self.by.shape[2] != view.embeds.shape[2]:
+                raise ValueError(
+                    f"replace(by=...): the states have shape {list(self.by.shape)}; the prompts want "
+                    f"{[*view.tokens.group.shape, view.embeds.shape[2]]}, one state a token (only those of `where` are used)"
+                )
+            found["given"] = self.by.to(view.embeds)
+        elif self.by == "mean":
             # Padding belongs to no one; text and newlines are one more part of the row.
             part = pictures_of(view.tokens)
             found["part"] = torch.where(view.tokens.valid, part + 1, -1)
@@ -35,7 +43,9 @@ class _Replace(Rewrite):
         return found
 
     def rewritten(self, states: Tensor, settled: dict[str, Tensor]) -> Tensor:
-        if self.by == "zero":
+        if "given" in settled:
+            new = settled["given"]
+        elif self.by == "zero":
             new = torch.zeros_like(states)
         elif self.by == "mean":
             part = settled["part"]
@@ -53,11 +63,18 @@ class _Replace(Rewrite):
 
     def __repr__(self) -> str:
         """As called."""
-        seed = f", seed={self.seed}" if self.by == "noise" else ""
-        return f"replace({named(self.where)}, by={self.by!r}{seed}{at_layer(self.layer)})"
+        seed = f", seed={self.seed}" if isinstance(self.by, str) and self.by == "noise" else ""
+        by = "states" if isinstance(self.by, Tensor) else repr(self.by)
+        return f"replace({named(self.where)}, by={by}{seed}{at_layer(self.layer)})"
 
 
-def replace(where: Where, by: Literal["mean", "zero", "noise"] = "mean", *, seed: int = 0, layer: int = 0) -> Policy:
+def replace(
+    where: Where,
+    by: Literal["mean", "zero", "noise"] | Float[Tensor, "b t d"] = "mean",
+    *,
+    seed: int = 0,
+    layer: int = 0,
+) -> Policy:
     """Replace what chosen tokens of the prompt hold; they stay where they are, and are computed and read as before.
 
     The result goes into `sparing.apply` like a policy, under `execute="dense"`.
@@ -65,13 +82,14 @@ def replace(where: Where, by: Literal["mean", "zero", "noise"] = "mean", *, seed
     Args:
         where: groups, a `Selection` (tokens of a class: `OfClass`), a function `TokenMap -> [b t]` or a mask.
         by: `mean`: the mean of all tokens of the token's own picture (of the row's text, for text); `zero`; `noise`: a
-            direction drawn at random for each place of a row, with the length that the token had.
+            direction drawn at random for each place of a row, with the length that the token had. Or states, one for each
+            token of the prompts, of which those of `where` are used: what other tokens, or other prompts, held there (`record`).
         seed: of the noise.
         layer: at whose input; 0 is the prompt's embeddings.
 
     Raises:
-        ValueError: an unknown `by`, or (when applied) no such layer.
+        ValueError: an unknown `by`, states of another shape than the prompts, or (when applied) no such layer.
     """
-    if by not in BY:
+    if not isinstance(by, Tensor) and by not in BY:
         raise ValueError(f"replace(by={by!r}): choose 'mean', 'zero' or 'noise'")
     return _Replace(where, by, seed, layer)

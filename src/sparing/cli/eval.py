@@ -60,6 +60,13 @@ def evaluate(
     batch: Annotated[
         str, typer.Option("--batch", help="Rows of a batch; auto halves them when memory runs out.")
     ] = "auto",
+    scoring: Annotated[
+        Literal["auto", "one_pass", "two_pass"],
+        typer.Option(
+            "--scoring",
+            help="Continuations with their context in one pass, or after it, unseen by policies; auto: two where one is not causal.",
+        ),
+    ] = "auto",
     include: Annotated[
         Path | None,
         typer.Option("--include", file_okay=False, help="Folder of further tasks for lm-eval or lmms-eval."),
@@ -93,6 +100,7 @@ def evaluate(
 
     check_out(out)
     shared = {"limit": limit, "fewshot": fewshot, "batch": _rows(batch), "include": include, "python": vlm_python}
+    shared["scoring"] = scoring
     asked = _tasks(tasks or [], task or [], suite, text or [], shared, allow_code)
     methods = None if policy is None else _policies(policy, execute)
     for each in asked.values():

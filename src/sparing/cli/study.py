@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sparing.cli.options import Device
-from sparing.cli.study_reading import diff, export, report
+from sparing.cli.study_reading import diff, export, print_sentences, report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,7 +152,9 @@ def _run(job: Study, *, on: Literal["local", "ray"], again: bool, address: str |
         finally:
             record.figures = {"cells": total, **_counts(job)}
         _print_failures(job.results(), console)
-        write_study_report(read_results(job.out), job.out / "report.html")
+        results = read_results(job.out)
+        write_study_report(results, job.out / "report.html")
+        print_sentences(results, console)
     counts = Counter(statuses.values())
     said = ", ".join(f"{counts[s]} {s}" for s in ("done", "failed", "not applicable") if counts[s])
     console.print(

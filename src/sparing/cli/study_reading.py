@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparing.study.comparison import Comparison
+    from sparing.study.results import Results
 
 Folder = Annotated[Path, typer.Argument(help="The folder of a study's results.", metavar="DIR", file_okay=False)]
 STYLES = {"worse": "red", "better": "green", "other": "cyan", "unsure": "dim", "same": "dim"}
@@ -28,7 +29,8 @@ def report(
 ) -> None:
     """Write the report of a study: one HTML file with its tables, charts and cells, also while the study runs.
 
-    Every arm is compared with the baseline on the same items and seeds. The page asks for nothing and may be sent around.
+    Every arm is compared with the baseline, and with its matched control if it has one (`control_of` in the YAML), on the same
+    items and seeds. The page asks for nothing and may be sent around.
     """
     import webbrowser
 
@@ -47,6 +49,7 @@ def report(
     console = Console()
     if results.shrunk:
         console.print("shrunk: random weights, little data; these figures mean nothing", style="yellow")
+    print_sentences(results, console)
     console.print(f"report: {path}", style="bold", soft_wrap=True, highlight=False)
     if show and not webbrowser.open(path.absolute().as_uri()):
         raise ValueError(f"--open: no browser was found; open {path} yourself")
@@ -66,7 +69,8 @@ def diff(
     """Compare two results folders: cells in one only, and every figure that changed, with intervals.
 
     Cells are matched by content, and by name where the content (data, settings, weights) changed. Differences are paired over
-    the items that both have; without items, two figures count as told apart where their 95% intervals do not overlap.
+    the items that both have; without items, two figures count as told apart where their 95% intervals do not overlap. What an
+    arm came out as against the baseline or its matched control is told where the two runs conclude differently.
     """
     import json
 
@@ -108,6 +112,16 @@ def export(
         Console().print(str(path), soft_wrap=True, highlight=False, markup=False)
 
 
+def print_sentences(results: Results, console: Console) -> None:
+    """A line for every question: how the comparisons came out."""
+    from rich.text import Text
+
+    from sparing.study.conclusions import sentences_of
+
+    for ask, said in sentences_of(results):
+        console.print(Text.assemble((ask, "bold"), f" {said}"), soft_wrap=True)
+
+
 def _print(found: Comparison, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -135,6 +149,9 @@ def _print(found: Comparison, console: Console) -> None:
     for change in found.statuses:
         style = "red" if change.second == "failed" else ""
         say(f"{change.label}: {change.first} → {change.second} ({change.error})", style)
+    for each in found.conclusions:
+        words = f"{WORDS[each.first]} → {WORDS[each.second]}"
+        say(f"{each.where} · {each.arm}: {each.figure} against {each.other}: {words}", STYLES[each.second])
     shown = [change for change in found.changes if change.verdict != "same"]
     if shown:
         table = Table("cell", "figure", "first", "second", "difference", "", box=None, pad_edge=False)

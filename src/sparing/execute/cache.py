@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -52,6 +53,15 @@ class RunState:
         if self.dropped_at is not None:
             fresh = self.dropped_at.new_full((new.batch, new.length), self.depth)
             self.dropped_at = torch.cat([self.dropped_at, fresh], dim=1)
+
+    def fork(self) -> RunState:
+        """The same state once more: what happens to one no longer reaches the other."""
+        return dataclasses.replace(
+            self,
+            memories=[dict(memory) for memory in self.memories],
+            readable=list(self.readable),
+            ledger=self.ledger.fork(),
+        )
 
     def select(self, rows: Tensor) -> None:
         """Reorder or repeat the rows of the batch."""
@@ -247,6 +257,23 @@ class PlannedCache(DynamicCache):
             assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None  # noqa: PT018
             ragged.append(layer.keys, layer.values, index, tokens.padded)
         self.layer_class_to_replicate = None
+
+    def fork(self, rows: Tensor) -> PlannedCache:
+        """A cache that goes on from these rows, repeated or left out as they say; this one stays as it is.
+
+        So a prompt that was read once can be continued in many ways. What the new cache's passes cost is in a ledger of its own.
+
+        Args:
+            rows: `[n]`, the rows of this cache that the new one's continue.
+        """
+        forked = copy.copy(self)
+        forked.state, forked.held_from = self.state.fork(), list(self.held_from)
+        forked.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in forked.layers:
+            if isinstance(layer, RaggedLayer):
+                layer.state = forked.state
+        forked._select(rows)
+        return forked
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows, as beam search does."""

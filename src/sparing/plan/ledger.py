@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 from collections.abc import Callable
@@ -76,6 +77,13 @@ class Ledger:
         self.ablation = False
         self._reorder: Tensor | None = None
         self._cropped: int | None = None
+        self._inherited = 0
+
+    def fork(self) -> Ledger:
+        """A ledger of its own that goes on from here. What has run so far stays in its tables; this one alone counts its cost."""
+        forked = copy.copy(self)
+        forked.passes, forked._inherited = list(self.passes), len(self.passes)
+        return forked
 
     def begin(self, record: PassRecord) -> None:
         """Open the record of another pass."""
@@ -131,7 +139,7 @@ class Ledger:
         return table
 
     def cost(self) -> Cost:
-        """Count the cost of every recorded pass."""
+        """Count the cost of every recorded pass; of those before a `fork` only the keys and values that are left."""
         self._require_passes()
         phases = {True: _zero(), False: _zero()}
         kv = 0
@@ -147,7 +155,7 @@ class Ledger:
                 counted[marks] = counts, int(kept.sum())
             pairs, slots = counted[marks]
             kv += slots * shape.kv_width
-            for p, seen in zip(self.passes, pairs, strict=True):
+            for p, seen in list(zip(self.passes, pairs, strict=True))[self._inherited :]:
                 flops, rows = phases[p.prefill]
                 record = p.layers[layer]
                 attend, feed, read = (_count(m, p) for m in (record.attend, record.feed, record.read))
@@ -159,7 +167,7 @@ class Ledger:
                 flops["attention_scores"] += seen * shape.pair_flops
                 flops["mlp"] += feed * shape.mlp_flops
                 flops["router"] += record.spent
-        for p in self.passes:
+        for p in self.passes[self._inherited :]:
             flops = phases[p.prefill][0]
             flops["lm_head"] += p.logit_rows * 2 * self.shape.hidden * self.shape.vocabulary
             flops["encoder"] += p.encoder
@@ -168,11 +176,11 @@ class Ledger:
 
     def dense_cost(self) -> Cost:
         """What the same passes would have cost with every token computed and read everywhere."""
-        full = Ledger(self.shape)
-        for p in self.passes:
-            layers = [LayerRecord(True, True, True) for _ in p.layers]
-            full.passes.append(dataclasses.replace(p, layers=layers))
-        full._reorder, full._cropped = self._reorder, self._cropped
+        full = copy.copy(self)
+        full.passes = [
+            dataclasses.replace(p, layers=[LayerRecord(True, True, True) for _ in p.layers]) for p in self.passes
+        ]
+        full.ablation = False
         return full.cost()
 
     def _walk(self, layer: int) -> tuple[list[int], Bool[Tensor, "b T"]]:

@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from sparing.study.contrast import Difference, contrast
+from sparing.study.conclusions import conclusions_of
+from sparing.study.contrast import Difference, Verdict, contrast
 from sparing.study.results import Results
 from sparing.study.store import Status, Stored
 
@@ -58,6 +59,27 @@ class StatusChange:
 
 
 @dataclasses.dataclass(frozen=True)
+class OtherConclusion:
+    """A comparison of both studies' tables that came out otherwise.
+
+    Attributes:
+        where: model and task.
+        figure: the figure.
+        arm: label of the arm.
+        other: the baseline or the matched control that it is compared with.
+        first: how it came out in the first run.
+        second: how it came out in the second run.
+    """
+
+    where: str
+    figure: str
+    arm: str
+    other: str
+    first: Verdict
+    second: Verdict
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """What differs between two folders.
 
@@ -67,6 +89,7 @@ class Comparison:
         changed_content: labels of cells that both have by name, with other data, settings or weights behind it.
         statuses: cells that came to another end.
         changes: figures of cells that both finished, those that are told apart first.
+        conclusions: comparisons with the baseline and with matched controls, within each run, that came out otherwise.
         shrunk: is one of the two a shrunk run, so that the comparison means nothing?
         environments: what differs in where they ran: name -> values of the first and the second.
     """
@@ -76,6 +99,7 @@ class Comparison:
     changed_content: tuple[str, ...]
     statuses: tuple[StatusChange, ...]
     changes: tuple[Change, ...]
+    conclusions: tuple[OtherConclusion, ...]
     shrunk: bool
     environments: dict[str, tuple[str, str]]
 
@@ -95,6 +119,7 @@ class Comparison:
             "changed_content": list(self.changed_content),
             "environments": {name: list(pair) for name, pair in self.environments.items()},
             "statuses": [dataclasses.asdict(change) for change in self.statuses],
+            "conclusions": [dataclasses.asdict(each) for each in self.conclusions],
             "figures": [_plain(dataclasses.asdict(change) | {"verdict": change.verdict}) for change in self.changes],
         }
 
@@ -131,8 +156,19 @@ def compare_results(first: Results, second: Results) -> Comparison:
         changed_content=tuple(changed),
         statuses=tuple(statuses),
         changes=tuple(changes),
+        conclusions=_conclusions(first, second),
         shrunk=first.shrunk or second.shrunk,
         environments=_environments(first.cells, second.cells),
+    )
+
+
+def _conclusions(first: Results, second: Results) -> tuple[OtherConclusion, ...]:
+    before = conclusions_of(first)
+    pairs = [(before[place], now) for place, now in conclusions_of(second).items() if place in before]
+    return tuple(
+        OtherConclusion(*now.place, first=was.difference.verdict, second=now.difference.verdict)
+        for was, now in pairs
+        if was.difference.verdict != now.difference.verdict
     )
 
 

@@ -55,6 +55,7 @@ def figures_table(results: Results) -> pa.Table:
             "seed": cell.seed,
             "baseline": results.arms[cell.key].baseline,
             "control": results.arms[cell.key].control,
+            "matched_control": "; ".join(arm.label for arm in results.matched.get(results.arms[cell.key], ())) or None,
             "shrunk": bool(cell.content.get("shrink")),
             "status": result.status,
             "error": result.error,

@@ -43,6 +43,7 @@ class Results:
         arms: the arm of each cell: key -> arm.
         pending: labels of the cells that were not run yet.
         earlier: how many results belong to cells that the study no longer has (its YAML changed).
+        matched: the matched controls of an arm, under the same training: arm -> those that it has to beat.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Results:
     arms: Mapping[str, Arm]
     pending: Sequence[str] = ()
     earlier: int = 0
+    matched: Mapping[Arm, tuple[Arm, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -81,13 +83,15 @@ def read_results(folder: Path, *, items: bool = True) -> Results:
     keys: Sequence[str] = about.get("cells", list(everything))
     labels: Mapping[str, str] = about.get("labels", {})
     cells = [everything[key] for key in keys if key in everything]
+    arms = _arms(cells, labels, about)
     return Results(
         folder=folder,
         about=about,
         cells=cells,
-        arms=_arms(cells, labels, about),
+        arms=arms,
         pending=[labels.get(key, key) for key in keys if key not in everything],
         earlier=len(everything) - len(cells),
+        matched=_matched(cells, arms, about),
     )
 
 
@@ -108,6 +112,22 @@ def _arms(cells: Sequence[Stored], labels: Mapping[str, str], about: Mapping[str
         )
         for cell in cells
     }
+
+
+def _matched(cells: Sequence[Stored], arms: Mapping[str, Arm], about: Mapping[str, Any]) -> dict[Arm, tuple[Arm, ...]]:
+    """The controls of each arm, as the study pairs its variants; of those that have a result."""
+    variants: Mapping[str, int] = about.get("variants", {})
+    places: dict[tuple[int, str], Arm] = {}
+    for cell in cells:
+        if cell.key in variants:
+            training = json.dumps([cell.training, cell.content.get("training")], sort_keys=True)
+            places.setdefault((variants[cell.key], training), arms[cell.key])
+    found: dict[Arm, tuple[Arm, ...]] = {}
+    for (variant, training), arm in places.items():
+        controls = [j for i, j in about.get("matched", ()) if i == variant and (j, training) in places]
+        if controls:
+            found[arm] = tuple(places[j, training] for j in controls)
+    return found
 
 
 def _identity(cell: Stored) -> str:

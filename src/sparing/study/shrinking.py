@@ -25,6 +25,7 @@ SMALL: dict[str, Any] = {
     "per_task": 2,
     "scenes": 4,
     "found_on": 8,
+    "per_kind": 2,
     "rows": 2,
     "turns": 2,
 }

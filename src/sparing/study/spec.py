@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import re
@@ -10,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from sparing.checkpoint.registry import known_policies
 from sparing.evaluate.tasks import known_tasks
+from sparing.study.controls import Pairs, matched_controls
 from sparing.study.methods import Method, UsePolicy, known_methods
 from sparing.study.names import made, placed, unknown
 from sparing.study.shrinking import smaller
@@ -23,6 +25,7 @@ from sparing.study.yaml_lines import Place, line_of, read_yaml
 T = TypeVar("T")
 SEED = "{seed}"
 """Stands for the seed in a model's path."""
+OneOrMore = Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
 Name = Annotated[str, Field(pattern=r"^[\w.+@-]+( [\w.+@-]+)*$", max_length=60)]
 
 
@@ -67,6 +70,8 @@ class Entry(_Strict):
         tasks: the tasks that a method is measured on; all by default.
         training: the trainings that a method gets; all by default, `none` among them.
         control: a method that the others must beat; random skipping is one unasked.
+        control_of: the methods, one or several, whose matched control this one is: what they choose is compared with it,
+            variant by variant (`sparing.study.controls`), beside the comparison with the baseline.
     """
 
     use: str
@@ -76,6 +81,7 @@ class Entry(_Strict):
     tasks: list[str] | None = None
     training: list[str] | None = None
     control: bool = False
+    control_of: OneOrMore = Field(default_factory=list)
 
 
 class Question(_Strict):
@@ -164,6 +170,7 @@ class StudySpec:
         methods: every variant of every method.
         trainings: every variant of every training, `None` (no training) first.
         tasks: every variant of every task.
+        controls: which variant has to beat which: (place in `methods`, place of its control).
     """
 
     file: StudyFile
@@ -172,6 +179,7 @@ class StudySpec:
     methods: tuple[Variant, ...]
     trainings: tuple[Variant | None, ...]
     tasks: tuple[Variant, ...]
+    controls: Pairs = ()
 
     @property
     def baseline(self) -> str:
@@ -232,12 +240,16 @@ def read_study(path: Path, *, paths: Mapping[str, str | Path] | None = None, shr
             where.names(entry.models, models, (kind, name, "models"), "model")
             where.names(entry.tasks, file.tasks, (kind, name, "tasks"), "task")
             where.names(entry.training, ["none", *file.training], (kind, name, "training"), "training")
+            where.names(entry.control_of, file.methods, (kind, name, "control_of"), "method")
+            if entry.control_of and kind != "methods":
+                raise where.at((kind, name, "control_of"), "`control_of` is for methods: leave it out here")
     if file.baseline is not None:
         where.names([file.baseline], file.methods, ("baseline",), "method")
     for i, question in enumerate(file.questions):
         where.names(question.tasks, file.tasks, ("questions", i, "tasks"), "task")
         where.names(question.methods, file.methods, ("questions", i, "methods"), "method")
-    return StudySpec(file, path, models, methods, (None, *trainings), tasks)
+    controls = matched_controls(file.methods, methods, where.at)
+    return StudySpec(file, path, models, methods, (None, *trainings), tasks, controls)
 
 
 class _Where:
@@ -390,4 +402,5 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if math.isfinite(value) else str(value)
     text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    # Two long values may begin alike, and a label stands for its variant.
+    return text if len(text) <= 60 else f"{text[:50]}… {hashlib.sha256(text.encode()).hexdigest()[:6]}"

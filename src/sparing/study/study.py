@@ -245,6 +245,7 @@ class Study:
         if about and bool(about["shrink"]) != self.shrink:
             was, cure = ("shrunk", "add --shrink") if about["shrink"] else ("in full", "leave --shrink out")
             raise ValueError(f"{self.out} holds this study {was}: {cure}, or choose another --out")
+        places = {id(variant): i for i, variant in enumerate(self.spec.methods)}
         store.describe(
             study=name,
             about=self.spec.file.about,
@@ -252,7 +253,9 @@ class Study:
             paths={key: str(value) for key, value in self.paths.items()},
             shrink=self.shrink,
             baseline=self.spec.baseline,
-            controls=[name for name, entry in self.spec.file.methods.items() if entry.control],
+            controls=[name for name, entry in self.spec.file.methods.items() if entry.control or entry.control_of],
+            matched=self.spec.controls,
+            variants={cell.key: places[id(cell.method)] for cell in self.cells},
             questions=[question.model_dump() for question in self.spec.file.questions],
             cells=[cell.key for cell in self.cells],
             labels={cell.key: cell.label for cell in self.cells},

@@ -25,6 +25,23 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True)
+class Against:
+    """How an entry came out against a matched control.
+
+    Attributes:
+        arm: the control.
+        cells: its cells, one a seed.
+        value: their figure; `None` if no cell has it.
+        difference: the entry minus its control; `None` where there is nothing to compare.
+    """
+
+    arm: Arm
+    cells: tuple[Stored, ...]
+    value: Value | None
+    difference: Difference | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """What stands in a table where an arm and a column meet.
 
@@ -32,12 +49,14 @@ class Entry:
         cells: all that were run, one a seed.
         value: their figure; `None` if no cell has it.
         against: the difference to the baseline; `None` for the baseline itself and where there is nothing to compare.
+        controls: how it came out against each of its matched controls.
         best: is it the best of its column, the baseline and what is no number aside?
     """
 
     cells: tuple[Stored, ...]
     value: Value | None = None
     against: Difference | None = None
+    controls: tuple[Against, ...] = ()
     best: bool = False
 
     @property
@@ -69,8 +88,15 @@ class Table:
 
     def verdicts(self) -> Counter[str]:
         """How the comparisons with the baseline came out: verdict -> how many; those without an interval are left out."""
-        found = [entry.against for _, entries in self.rows for entry in entries if entry.against is not None]
-        return Counter(difference.verdict for difference in found if difference.low is not None)
+        return _counted([entry.against for _, entries in self.rows for entry in entries])
+
+    def control_verdicts(self) -> Counter[str]:
+        """How the comparisons with matched controls came out."""
+        return _counted([each.difference for _, entries in self.rows for entry in entries for each in entry.controls])
+
+
+def _counted(found: Sequence[Difference | None]) -> Counter[str]:
+    return Counter(each.verdict for each in found if each is not None and each.low is not None)
 
 
 def tables_of(results: Results) -> list[Table]:
@@ -98,7 +124,7 @@ class Grid:
         self._cells: dict[tuple[Arm, str, str], list[Stored]] = {}
         for cell in results.cells:
             self._cells.setdefault((results.arms[cell.key], cell.model, cell.task), []).append(cell)
-        self._contrasts: dict[tuple[Arm, Column], Difference | None] = {}
+        self._contrasts: dict[tuple[Arm, Arm, Column], Difference | None] = {}
 
     def cells(self, arm: Arm, model: str, task: str) -> list[Stored]:
         """The cells of an arm, one a seed."""
@@ -142,12 +168,22 @@ class Grid:
     def _entry(self, arm: Arm, column: Column) -> Entry:
         cells = self.cells(arm, column.model, column.task)
         value = value_of(cells, column.figure)
-        if value is None or self.baseline is None or arm.baseline:
-            return Entry(tuple(cells), value)
-        if (arm, column) not in self._contrasts:
-            base = self.cells(self.baseline, column.model, column.task)
-            self._contrasts[arm, column] = contrast(base, cells, column.figure)
-        return Entry(tuple(cells), value, self._contrasts[arm, column])
+        if value is None:
+            return Entry(tuple(cells))
+        against = None if self.baseline is None or arm.baseline else self._contrast(self.baseline, arm, column)
+        controls = tuple(
+            Against(control, tuple(theirs), value_of(theirs, column.figure), self._contrast(control, arm, column))
+            for control in self._results.matched.get(arm, ())
+            if (theirs := self.cells(control, column.model, column.task))
+        )
+        return Entry(tuple(cells), value, against, controls)
+
+    def _contrast(self, other: Arm, arm: Arm, column: Column) -> Difference | None:
+        """The second minus the first, in a column."""
+        if (other, arm, column) not in self._contrasts:
+            first, second = (self.cells(each, column.model, column.task) for each in (other, arm))
+            self._contrasts[other, arm, column] = contrast(first, second, column.figure)
+        return self._contrasts[other, arm, column]
 
 
 def _with_best(

@@ -97,7 +97,7 @@ class _OnTokens(Method):
 
 @dataclasses.dataclass(frozen=True)
 class TokenClass(_OnTokens):
-    """A policy for the tokens of a class: `DropTokens` prunes, `SkipModules` skips modules for them, `EnterLate` lets them in late.
+    """A policy for the tokens of a class: prune them (`DropTokens`), skip modules for them, let them enter late.
 
     Attributes:
         policy: the policy's class; it must take `where`.

@@ -154,7 +154,7 @@ SCENES_LLAVA = SceneRecipe(
         # What is known by now makes room for places, relations and counts.
         Stage(
             goal="words",
-            steps=1500,
+            steps=2500,
             rows=8,
             questions=8,
             lr=1.5e-3,
@@ -185,7 +185,7 @@ SCENES_LLAVA = SceneRecipe(
         # With the projector fixed too, the language model bears a higher rate.
         Stage(
             goal="reading",
-            steps=1500,
+            steps=1200,
             rows=6,
             questions=12,
             lr=1e-3,

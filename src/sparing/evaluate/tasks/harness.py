@@ -43,6 +43,8 @@ class HarnessTask(Task):
         max_length: most tokens of an input; as the model's config has it by default.
         bos: begin texts with the begin token; as the tokenizer does it by default.
         think_end: the text that ends the thinking, such as `</think>`: only what follows is judged.
+        scoring: how continuations are scored: `one_pass` together with their context, `two_pass` after it, from the cache, so
+            that no policy decides with a look at them; `auto` takes two passes where a policy is not causal.
     """
 
     task: str
@@ -57,10 +59,11 @@ class HarnessTask(Task):
     max_length: int | None = None
     bos: bool | None = None
     think_end: str | None = None
+    scoring: Literal["auto", "one_pass", "two_pass"] = "auto"
 
     def check(self) -> None:
         """Look at the settings, and whether there is such a task."""
-        _check_settings(self.limit, self.fewshot, self.batch)
+        _check_settings(self)
         if self.include is not None and not self.include.is_dir():
             raise ValueError(f"include={self.include}: expected a folder of YAML files")
         find(self.task, self.include)
@@ -98,6 +101,7 @@ class ChoiceTask(Task):
         metric: the figure that counts.
         max_length: most tokens of an input; as the model's config has it by default.
         bos: begin texts with the begin token; as the tokenizer does it by default.
+        scoring: `one_pass`, `two_pass` or `auto`, as in `HarnessTask`.
     """
 
     data: Path
@@ -111,10 +115,11 @@ class ChoiceTask(Task):
     metric: Literal["acc", "acc_norm"] = "acc"
     max_length: int | None = None
     bos: bool | None = None
+    scoring: Literal["auto", "one_pass", "two_pass"] = "auto"
 
     def check(self) -> None:
         """Look at the settings and at every row."""
-        _check_settings(self.limit, self.fewshot, self.batch)
+        _check_settings(self)
         self._rows()
 
     def files(self) -> tuple[Path, ...]:
@@ -179,8 +184,11 @@ def _index(gold: Any, choices: list[str], where: str) -> int:
     return gold
 
 
-def _check_settings(limit: int | None, fewshot: int | None, batch: Any) -> None:
-    check_batch(batch)
+def _check_settings(task: HarnessTask | ChoiceTask) -> None:
+    limit, fewshot = task.limit, task.fewshot
+    check_batch(task.batch)
+    if task.scoring not in ("auto", "one_pass", "two_pass"):
+        raise ValueError(f"scoring={task.scoring!r}: choose one of auto, one_pass, two_pass")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: expected at least 1 document, or none given for all")
     if fewshot is not None and fewshot < 0:
@@ -227,6 +235,7 @@ def _ask(
             max_length=settings.max_length,
             bos=settings.bos,
             think_end=settings.think_end if isinstance(settings, HarnessTask) else None,
+            scoring=settings.scoring,
             on_requests=on_requests,
         )
         found: Any = evaluate(
@@ -237,7 +246,9 @@ def _ask(
             apply_chat_template=chat,
             system_instruction=settings.system if isinstance(settings, HarnessTask) else None,
         )
-    return outcome_of(found, loaded, settings.metric, name, lm.written, lm.shortened, meter, seed)
+    outcome = outcome_of(found, loaded, settings.metric, name, lm.written, lm.shortened, meter, seed)
+    scored = {"scoring": " and ".join(sorted(lm.scored))} if lm.scored else {}
+    return dataclasses.replace(outcome, details={**outcome.details, **scored})
 
 
 def _prepare(task: Any, settings: HarnessTask | ChoiceTask, seed: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from sparing.evaluate.task import Subject
 from sparing.evaluate.tasks.metering import Batches, BatchSize, Meter
+from sparing.evaluate.tasks.two_pass import score_in_two_passes
 from sparing.evaluate.tasks.writing import Written, write
 
 # A request of lm-eval's: its strings (`None` for a window of a long text), the context's tokens, the continuation's.
 Request = tuple[Any, list[int], list[int]]
 OnRequests = Callable[[int], None]
+Scoring = Literal["auto", "one_pass", "two_pass"]
 
 
 # lm-eval's registry decorator hides the class from type checkers.
@@ -33,6 +35,7 @@ class PlannedLM(_Base):
     Where it differs from `HFLM`:
         Padding is masked whenever there are policies. `HFLM` pads on the right without a mask, which a causal model does not
         notice, but a policy does that ranks a row's tokens or looks at its last one.
+        Continuations may be scored in two passes, so that a policy never sees them with their context (`scoring`).
         Log-probabilities are taken in float32 whatever the model's dtype, and logits are computed for continuations only.
         `auto` halves batches when memory runs out, instead of trying the longest possible input first.
         Rows stop one by one, by any of the model's and the tokenizer's end tokens, so that what a row writes does not depend on
@@ -45,7 +48,12 @@ class PlannedLM(_Base):
         max_length: most tokens of an input; by the config if `None`.
         bos: whether texts begin with the begin token; as the tokenizer does it if `None`.
         think_end: the text after which the answer comes; all is answer if `None`.
+        scoring: how continuations are scored: with their context in one pass, or after it, from the cache; `auto` takes two
+            passes where a policy is not causal. Windows of long texts have no context, and are always scored in one.
         on_requests: is told how many more requests are done.
+
+    Attributes:
+        scored: the ways that were taken.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class PlannedLM(_Base):
         max_length: int | None = None,
         bos: bool | None = None,
         think_end: str | None = None,
+        scoring: Scoring = "auto",
         on_requests: OnRequests | None = None,
     ) -> None:
         # A copy: HFLM may give it a padding token.
@@ -77,6 +86,8 @@ class PlannedLM(_Base):
             think_end_token=think_end,
         )
         self.planned = bool(meter.run.policy.parts())
+        self.two_pass = scoring == "two_pass" or (scoring == "auto" and not meter.run.policy.causal)
+        self.scored: set[Literal["one_pass", "two_pass"]] = set()
         self.on_requests: OnRequests = on_requests or (lambda done: None)
         self.shortened = 0
         """Passes whose input was too long, and lost its beginning."""
@@ -96,6 +107,10 @@ class PlannedLM(_Base):
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Sum of log-probabilities of each continuation, and whether greedy decoding would have written it."""
+        if self.two_pass and all(strings is not None for strings, _, _ in requests):
+            self.scored.add("two_pass")
+            return self._after_contexts(requests)
+        self.scored.add("one_pass")
         # Requests that differ in their last token only share a pass; the longest come first, so memory fails early.
         order = Collator(
             requests,
@@ -122,18 +137,40 @@ class PlannedLM(_Base):
             self.on_requests(len(found) - before)
         return order.get_original(found)
 
+    def _after_contexts(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """The same in two passes; requests of one context share the first."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(tuple(self._input(request)[: -len(request[2])]), []).append(i)
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+
+        def work(part: Sequence[tuple[tuple[int, ...], list[int]]]) -> list[list[tuple[float, bool]]]:
+            choices = [(context, [requests[i][2] for i in members]) for context, members in part]
+            return score_in_two_passes(self.model, self.meter, choices, self.batches.size)
+
+        for part, answers in self.batches.run(sorted(groups.items(), key=lambda group: -len(group[0])), work):
+            for (_, members), scores in zip(part, answers, strict=True):
+                for i, answer in zip(members, scores, strict=True):
+                    found[i] = answer
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+                self.on_requests(len(members))
+        return found
+
+    def _input(self, request: Request) -> list[int]:
+        """A request's context and continuation; what is too long loses its beginning."""
+        _, context, continuation = request
+        if not context or not 0 < len(continuation) <= self.max_length:
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens after {len(context)}: expected both, and at most "
+                f"{self.max_length} tokens to score; shorten it, or raise max_length"
+            )
+        # The last token is only predicted.
+        self.shortened += len(context) + len(continuation) > self.max_length + 1
+        return (context + continuation)[-(self.max_length + 1) :]
+
     def _continuation_logits(self, part: Sequence[Request]) -> list[Tensor]:
         """The logits that predict each row's continuation, `[tokens, vocabulary]`."""
-        inputs = []
-        for _, context, continuation in part:
-            if not context or not 0 < len(continuation) <= self.max_length:
-                raise ValueError(
-                    f"a continuation of {len(continuation)} tokens after {len(context)}: expected both, and at most "
-                    f"{self.max_length} tokens to score; shorten it, or raise max_length"
-                )
-            # The last token is only predicted; what is too long loses its beginning.
-            self.shortened += len(context) + len(continuation) > self.max_length + 1
-            inputs.append((context + continuation)[-(self.max_length + 1) :][:-1])
+        inputs = [self._input(request)[:-1] for request in part]
         longest = max(map(len, inputs))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in inputs], device=self.device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in inputs], device=self.device)

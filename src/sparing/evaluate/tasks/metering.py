@@ -11,6 +11,7 @@ from torch import nn
 
 from sparing.evaluate.task import Figure
 from sparing.execute import Run
+from sparing.plan import Ledger
 from sparing.plan.cost import PARTS
 
 T = TypeVar("T")
@@ -51,18 +52,20 @@ class Meter:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def book(self, rows: int, prefill: float, decode: float = 0.0) -> None:
+    def book(self, rows: int, prefill: float, decode: float = 0.0, ledger: Ledger | None = None) -> None:
         """Book the prompt that the run has just finished, and the steps after it.
 
         Args:
             rows: of the batch.
             prefill: seconds.
             decode: seconds.
+            ledger: the record of what ran; the run's latest by default.
         """
+        ledger = self.run.ledger if ledger is None else ledger
         self.rows += rows
         self.seconds["prefill"] += prefill
         self.seconds["decode"] += decode
-        cost, dense = self.run.ledger.cost(), self.run.ledger.dense_cost()
+        cost, dense = ledger.cost(), ledger.dense_cost()
         for phase in PHASES:
             for part in PARTS:
                 self.flops[phase][part] += getattr(cost, phase).flops[part]

@@ -18,6 +18,7 @@ def known_tasks() -> Mapping[str, type[Task]]:
     from sparing.evaluate.tasks.lmms import LmmsTask
     from sparing.evaluate.tasks.perplexity import PerplexityTask
     from sparing.evaluate.tasks.scene_lens import SceneLensTask
+    from sparing.evaluate.tasks.scene_transplant import SceneTransplantTask
     from sparing.evaluate.tasks.scenes import ScenesTask
     from sparing.evaluate.tasks.timing import SpeedTask
 
@@ -30,6 +31,7 @@ def known_tasks() -> Mapping[str, type[Task]]:
         "lmms": LmmsTask,
         "scenes": ScenesTask,
         "scene_lens": SceneLensTask,
+        "scene_transplant": SceneTransplantTask,
     }
     for point in entry_points(group="sparing.tasks"):
         found.setdefault(point.name, point.load())

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparing.study.contrast import Value
+from sparing.study.conclusions import in_words
+from sparing.study.contrast import Difference
 from sparing.study.fronts import fronts_of
 from sparing.study.pages import numbers, scatter
 from sparing.study.pages.document import page_environment, write_page
@@ -39,9 +40,10 @@ def render_study(results: Results) -> str:
     links = _Links(cells)
     tables = [_table(table, links, results) for table in tables_of(results)]
     fronts = _fronts(results, links)
+    counted = sum((table[each] for table in tables for each in ("verdicts", "control_verdicts")), Counter())
     counts = Counter(cell.result.status for cell in results.cells)
     environment = page_environment()
-    environment.filters.update(duration=numbers.duration)
+    environment.filters.update(duration=numbers.duration, in_words=in_words)
     return environment.get_template("study.html.j2").render(
         results=results,
         about=str(results.about.get("about", "")).strip(),
@@ -51,10 +53,9 @@ def render_study(results: Results) -> str:
         when=_when(results.cells),
         environments=environments_of(results.cells),
         tables=tables,
-        compared=sum(sum(table["verdicts"].values()) for table in tables),
-        told_apart=sum(
-            n for table in tables for v, n in table["verdicts"].items() if v in ("better", "worse", "other")
-        ),
+        compared=sum(counted.values()),
+        told_apart=sum(counted[verdict] for verdict in ("better", "worse", "other")),
+        controlled=any(table["control_verdicts"] for table in tables),
         fronts=fronts,
         trouble=_trouble(results.cells, links),
         baseline=next((arm for arm in results.arms.values() if arm.baseline), None),
@@ -70,14 +71,30 @@ class _Links:
         self.entries: list[dict[str, Any]] = []
         self._places: dict[str, int] = {}
 
-    def place(self, cells: Sequence[Stored], title: str, figure: str = "", said: Sequence[str] = ()) -> int:
-        """The number of an entry."""
-        entry = {"cells": [self._cells[c.key] for c in cells], "title": title, "figure": figure, "said": list(said)}
+    def place(
+        self,
+        cells: Sequence[Stored],
+        title: str,
+        figure: str = "",
+        said: Sequence[str] = (),
+        more: Sequence[tuple[str, Sequence[Stored]]] = (),
+    ) -> int:
+        """The number of an entry; `more` are cells to look at beside it, with a heading."""
+        entry = {
+            "cells": self._numbers(cells),
+            "title": title,
+            "figure": figure,
+            "said": list(said),
+            "more": [{"title": heading, "cells": self._numbers(theirs)} for heading, theirs in more],
+        }
         name = json.dumps(entry, sort_keys=True)
         if name not in self._places:
             self._places[name] = len(self.entries)
             self.entries.append(entry)
         return self._places[name]
+
+    def _numbers(self, cells: Sequence[Stored]) -> list[int]:
+        return [self._cells[cell.key] for cell in cells]
 
 
 # Tables ----------------------------------------------------------------------------------------------------------------
@@ -85,12 +102,11 @@ class _Links:
 
 def _table(table: Table, links: _Links, results: Results) -> dict[str, Any]:
     few = len(table.columns) == 1
-    strips = [
-        strips_of([(arm.baseline, entries[i].value) for arm, entries in table.rows]) for i in range(len(table.columns))
-    ]
+    strips = [strips_of([(arm.baseline, entries[i]) for arm, entries in table.rows]) for i in range(len(table.columns))]
     rows = [
         {
             "arm": arm,
+            "controls": [control.label for control in results.matched.get(arm, ())],
             "entries": [
                 _entry(entry, column, f"{column.model} · {arm.label}", links, results)
                 | ({"strip": strips[i][row]} if few else {})
@@ -110,33 +126,40 @@ def _table(table: Table, links: _Links, results: Results) -> dict[str, Any]:
         ],
         "missing": table.missing,
         "verdicts": table.verdicts(),
+        "control_verdicts": table.control_verdicts(),
     }
 
 
-def strips_of(column: Sequence[tuple[bool, Value | None]]) -> list[dict[str, float | None] | None]:
+def strips_of(column: Sequence[tuple[bool, Entry]]) -> list[dict[str, Any] | None]:
     """A column's values and intervals on one scale, to be seen at a glance.
 
     Args:
-        column: of each row, whether it is the baseline, and its value.
+        column: of each row, whether it is the baseline, and its entry.
 
     Returns:
-        One a row: pixels of the value, of its interval and of the baseline; `None` without a finite value.
+        One a row: pixels of the value, of its interval, of the baseline and of its matched controls; `None` without a finite
+        value.
     """
-    known = [value for _, value in column if value is not None and math.isfinite(value.value)]
+    known = [entry.value for _, entry in column if entry.value is not None and math.isfinite(entry.value.value)]
     if len(known) < 2:
         return [None] * len(column)
     place = scatter.scale(known, 6, STRIP - 6)
-    base = next((value.value for is_base, value in column if is_base and value is not None), math.nan)
+    base = next((entry.value.value for is_base, entry in column if is_base and entry.value is not None), math.nan)
     return [
         None
-        if value is None or not math.isfinite(value.value)
+        if (value := entry.value) is None or not math.isfinite(value.value)
         else {
             "at": place(value.value),
             "low": None if value.low is None else place(value.low),
             "high": None if value.high is None else place(value.high),
             "base": place(base) if math.isfinite(base) else None,
+            "controls": [
+                place(each.value.value)
+                for each in entry.controls
+                if each.value is not None and math.isfinite(each.value.value)
+            ],
         }
-        for _, value in column
+        for _, entry in column
     ]
 
 
@@ -185,17 +208,31 @@ def _entry(entry: Entry, column: Column, where: str, links: _Links, results: Res
             "seeds": len(value.seeds) if len(value.seeds) > 1 else 0,
         }
         said = [f"{name}: {numbers.whole(value, name)}"]
-        if (against := entry.against) is not None:
-            said.append(f"against the baseline: {numbers.difference(against, unit, name)}")
-            found |= {
-                "verdict": against.verdict if against.low is not None else "untested",
-                "difference": "" if against.value != against.value else numbers.signed(against.value, unit, name),
-                "verdict_word": VERDICTS[against.verdict] if against.low is not None else "",
-            }
+        if entry.against is not None:
+            said.append(f"against the baseline: {numbers.difference(entry.against, unit, name)}")
+            found["against"] = _difference(entry.against, column)
+        found["controls"] = []
+        for each in entry.controls:
+            if each.difference is None:
+                said.append(f"against its control {each.arm.label}: that one has no figure")
+                continue
+            said.append(f"against its control {each.arm.label}: {numbers.difference(each.difference, unit, name)}")
+            found["controls"].append(_difference(each.difference, column) | {"name": each.arm.method})
         said += entry.errors
-    found["link"] = links.place(entry.cells, begin, column.figure, said)
+    more = [(f"its control: {each.arm.label}", each.cells) for each in entry.controls]
+    found["link"] = links.place(entry.cells, begin, column.figure, said, more)
     found["title"] = "\n".join(said)
     return found
+
+
+def _difference(found: Difference, column: Column) -> dict[str, str]:
+    """A difference as it stands in a table: its verdict, the word for that, and the number."""
+    known = found.low is not None
+    return {
+        "verdict": found.verdict if known else "untested",
+        "word": VERDICTS[found.verdict] if known else "",
+        "number": "" if math.isnan(found.value) else numbers.signed(found.value, column.unit, column.figure),
+    }
 
 
 # Charts ----------------------------------------------------------------------------------------------------------------

@@ -90,6 +90,10 @@ function open(from) {
   const warning = document.querySelector(".alarm");
   body.replaceChildren(...(warning ? [node("p", warning.textContent, "bad")] : []), ...entry.said.filter(Boolean).map((line) => node("p", line)));
   entry.cells.forEach((i) => body.append(cell(data.cells[i], entry.figure, entry.cells.length === 1)));
+  for (const group of entry.more) {
+    body.append(node("h3", group.title, "other"));
+    group.cells.forEach((i) => body.append(cell(data.cells[i], entry.figure, false)));
+  }
   dialog.showModal();
   dialog.scrollTop = 0;
 }
