@@ -13,7 +13,7 @@ from PIL.Image import Image, fromarray
 from torch import Tensor, nn
 
 from sparing.anatomy import anatomy_of, ask
-from sparing.evaluate.pictures import OpenedPicture
+from sparing.evaluate.picture_files import OpenedPicture
 from sparing.lens import WordReading
 from sparing.tokens import ImageSpan, TokenMap
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparing.anatomy import anatomy_of, ask
 from sparing.evaluate.answering import Arm, answers
 from sparing.evaluate.grids import SeenPicture, grids_of
-from sparing.evaluate.pictures import OpenedPicture
+from sparing.evaluate.picture_files import OpenedPicture
 from sparing.lens import Recording, WordReading, embedding_lens, find_words, logit_lens, record
 from sparing.lens.words import readable
 from sparing.tokens import Group, TokenMap, TokenProfile

@@ -138,7 +138,7 @@ def _item(geometry: Geometry, wording: Wording, group: PatchGroup, seed: int, pl
     return PatchItem(
         group=group,
         background=ground,
-        objects=tuple(PatchObject(*divmod(cell, columns), kind, colour) for cell in cells),
+        objects=tuple(PatchObject(cell // columns, cell % columns, kind, colour) for cell in cells),
         question=told(question),
         answer=answer,
         options=options,
