@@ -59,7 +59,7 @@ class PictureMaterial(Material):
     def __init__(self, model: nn.Module, processor: Any, questions: Sequence[PictureQuestion]) -> None:
         super().__init__(model)
         self.prompts = PicturePrompts(model, processor)
-        check_enough(len(questions), "the material")
+        check_enough(len(questions), "this profile")
         self._tokenizer = self.prompts.tokenizer
         self._asked = [self._encode(question) for question in questions]
         self._content = [
@@ -86,7 +86,7 @@ class PictureMaterial(Material):
             tell((i + 1) / len(parts), f"{len(part)} more questions answered by the stock model")
         self._silent = sum(not asked.answer for asked in self._asked)
         self._asked = [asked for asked in self._asked if asked.answer]
-        check_enough(len(self._asked), f"without {self._silent} that the model writes nothing to, the material")
+        check_enough(len(self._asked), f"without {self._silent} that the model writes nothing to, this profile")
         self._finish()
 
     @property
