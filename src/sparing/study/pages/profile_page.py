@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparing.study.pages import profile_charts as charts
-from sparing.study.pages.document import page_environment, write_page
+from sparing.study.pages.document import plain, render_record, write_page
 
 PARTS = {
     "attention_projections": ("attention: Q and O", "a"),
@@ -35,8 +34,7 @@ def write_report(figures: Mapping[str, Any], run: Mapping[str, Any], path: Path)
 
 def render(figures: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     """The report as HTML. Everything that comes from a model or a text is escaped."""
-    # Through JSON, so that a fresh profile and one read from run.json are the same.
-    f = json.loads(json.dumps(figures, default=str))
+    f = plain(figures)
     modules, entries = _layers(f["modules"]), _layers(f["entries"])
     most = max([charts.QUIET, *(v for rows in (modules, entries) for row in rows.values() for v in row.values())])
     plan = f["planned"]["plan"]
@@ -45,12 +43,11 @@ def render(figures: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         [0.5, *(abs(b - a) for a, b in zip(painting["dense"], painting["planned"], strict=True) if a is not None)]
     )
     shares = [sum(p[m].count("3") for m in MODULE_NAMES) / (2 * depth) for p in painting["patterns"]]
-    environment = page_environment()
-    environment.filters.update(nats=charts.nats, count=_count, size=_size, digits=_digits)
-    return environment.get_template("profile.html.j2").render(
-        f=f,
-        run=run,
-        run_json=json.dumps({k: v for k, v in run.items() if k != "figures"}, indent=2, default=str),
+    return render_record(
+        "profile.html.j2",
+        f,
+        run,
+        {"nats": charts.nats, "count": _count, "size": _size, "digits": _digits},
         module_map=charts.heat_map(
             {MODULE_NAMES[m]: row for m, row in modules.items()},
             {MODULE_NAMES[m]: set(plan[m]) for m in modules},
