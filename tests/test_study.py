@@ -73,6 +73,8 @@ def test_the_grid_is_the_product_with_one_seed_where_nothing_is_random(tmp_path)
         (("budget: 0.8", "budget: much"), 13, "valid number"),
         (("budget: 0.8", "budget: 1.8"), 13, "share of the operations"),
         (("use: perplexity", "use: perplexty"), 16, "did you mean perplexity"),
+        (("seeds: [0, 1]", "seeds: [1, 1]"), 3, "a seed stands there twice"),
+        (("path: arithmetic-llama", "path: ./nowhere"), 5, "the model's folder .*nowhere does not exist"),
         (("window: 32", "window: 3"), 21, "at least 8"),
         ((f"with: {{text: {PAGE}, window: 32", "with: {text: nowhere.txt, window: 32"), 21, "does not exist"),
         ((f"with: {{text: {PAGE}, window: 32", "with: {window: 32"), 21, "`text` is missing"),
@@ -230,6 +232,27 @@ def test_failures_are_kept_and_do_not_stop_the_rest(tmp_path, toys):
     assert {c.task.name for c in job.pending(again=True)} == {"bad", "full"}
     job.run(again=True)
     assert counted(log) == tries + 2
+
+
+def test_arguments_of_a_wrong_type_fail_with_the_policys_name(tmp_path, toys):
+    job = study(tmp_path, "  odd: {use: SkipModules, with: {attention: five}}", "  norm: {use: norm}")
+    job.run()
+    (failed,) = job.results()
+    assert failed.result.status == "failed"
+    assert re.search(
+        r"SkipModules cannot be made of \{'attention': 'five'\}: .*; mend their types", failed.result.error
+    )
+
+
+def test_the_drivers_threads_decide_nothing(tmp_path):
+    machine = {"cpu": "Abacus", "cores": 2, "threads": 1}
+    path = written(tmp_path, SMALL + "  speed: {use: speed, with: {prompt: 16, steps: 2, batches: [1], repeats: 1}}\n")
+    one, two, other = (
+        {c.key for c in Study(path, tmp_path / "o", environment={"hardware": {**machine, **change}}).cells}
+        for change in ({}, {"threads": 8}, {"cores": 4})
+    )
+    assert one == two
+    assert len(one & other) == len(one) - 6, "cells that are timed"
 
 
 def test_methods_that_change_weights_leave_the_next_one_a_fresh_model(tmp_path, toys):

@@ -66,6 +66,12 @@ def test_with_seeds_both_seeds_and_items_count(tmp_path):
     assert value.high == pytest.approx(3.1 + half)
 
 
+def test_one_seed_says_that_it_is_one(tmp_path):
+    rows = [(cell("m", DENSE, STORIES), loss([1.0, 2.0])), (cell("m", RANDOM, STORIES, seed=0), loss([1.5, 2.5]))]
+    found = read(tmp_path, *rows)
+    assert contrast(found.cells[:1], found.cells[1:], "loss").basis == "2 items, one seed only"
+
+
 def test_intervals_from_seeds_and_items_hold_what_they_promise():
     """Two-way layouts with a known mean: 95% intervals hold it in 92% of the cases or more."""
     dice = np.random.default_rng(0)

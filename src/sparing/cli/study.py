@@ -139,7 +139,7 @@ def _run(job: Study, *, on: Literal["local", "ray"], again: bool, address: str |
     console = Console()
     pending = job.pending(again=again)
     total = len(job.cells)
-    console.print(f"{job.spec.file.study}: {total} cells, {total - len(pending)} of them there", highlight=False)
+    console.print(f"{job.spec.file.study}: {_cells(total)}, {total - len(pending)} of them there", highlight=False)
     if job.shrink:
         console.print("shrunk: two layers of random weights, little data; these figures mean nothing", style="yellow")
     if pending:
@@ -245,7 +245,11 @@ def _counts(job: Study) -> dict[str, int]:
 def _progress(job: Study, found: dict[str, Stored]) -> str:
     counts = Counter(stored.result.status for stored in found.values())
     told = ", ".join(f"{counts[s]} {s}" for s in ("done", "failed", "not applicable") if counts[s])
-    return f"{len(job.cells)} cells, {told or 'none run'}, {len(job.cells) - len(found)} to run"
+    return f"{_cells(len(job.cells))}, {told or 'none run'}, {len(job.cells) - len(found)} to run"
+
+
+def _cells(n: int) -> str:
+    return f"{n} cell{'s' * (n != 1)}"
 
 
 def _marks(states: list[Status | Literal["pending"]] | list[str]) -> str:
@@ -264,7 +268,7 @@ def _left(job: Study, pending: list[Cell]) -> str:
     if not found.measured + found.guessed:
         return "how long it takes is not known yet"
     said = f"about {timedelta(seconds=round(found.seconds))}"
-    unsure = [f"{found.guessed} cells guessed from the model's speed"] if found.guessed else []
+    unsure = [f"{_cells(found.guessed)} guessed from the model's speed"] if found.guessed else []
     unsure += [f"{found.unknown} unknown"] if found.unknown else []
     return said + (f" ({', '.join(unsure)})" if unsure else "")
 

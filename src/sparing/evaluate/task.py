@@ -118,8 +118,32 @@ class NotApplicable(ValueError):
     """A method cannot act on this model, or a task cannot be asked of it: recorded, not fatal to a study."""
 
 
-class Task(abc.ABC):
-    """Something to measure. Subclasses are frozen dataclasses whose fields are the settings (a study's YAML gives them)."""
+class Ingredient(abc.ABC):
+    """What a study is put together from: a method, a training, a task.
+
+    Whatever is final below it is a frozen dataclass whose fields are the settings; a study's YAML gives them.
+    """
+
+    def check(self) -> None:
+        """Look at the settings and the data, before anything slow begins.
+
+        Raises:
+            ValueError: a file is missing or empty, a setting is out of range.
+        """
+        return
+
+    def files(self) -> tuple[Path, ...]:
+        """Local files whose content the result depends on."""
+        return ()
+
+    @property
+    def seeded(self) -> bool:
+        """Does the result depend on the seed? If not, one seed is enough."""
+        return False
+
+
+class Task(Ingredient):
+    """Something to measure."""
 
     @abc.abstractmethod
     def measure(self, subject: Subject, *, seed: int, on_step: Progress | None = None) -> Outcome:
@@ -135,26 +159,9 @@ class Task(abc.ABC):
             ValueError: bad data.
         """
 
-    def check(self) -> None:
-        """Look at the settings and the data, before anything slow begins.
-
-        Raises:
-            ValueError: a file is missing or empty, a setting is out of range.
-        """
-        return
-
-    def files(self) -> tuple[Path, ...]:
-        """Local files whose content the result depends on."""
-        return ()
-
     def work(self, subject: Subject) -> float | None:
         """About how many tokens the model will have to go through; `None` where that cannot be told beforehand."""
         return None
-
-    @property
-    def seeded(self) -> bool:
-        """Does the result depend on the seed? If not, one seed is enough."""
-        return False
 
     @property
     def timed(self) -> bool:

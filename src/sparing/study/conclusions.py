@@ -63,11 +63,11 @@ def in_words(verdicts: Counter[str]) -> str:
 
 
 def sentences_of(results: Results) -> list[tuple[str, str]]:
-    """For every question, how its table's comparisons came out: question -> `against dense: 3 worse; against ...`."""
+    """How the comparisons of each table came out, where there are any: question, `against dense: 3 worse; against ...`."""
     found = []
     for table in tables_of(results):
         base = next((arm.label for arm, _ in table.rows if arm.baseline), "the baseline")
         parts = [(f"against {base}", table.verdicts()), ("against matched controls", table.control_verdicts())]
         said = "; ".join(f"{name}: {in_words(verdicts)}" for name, verdicts in parts if verdicts)
-        found.append((table.ask, said or "nothing to compare yet"))
+        found += [(table.ask, said)] if said else []
     return found

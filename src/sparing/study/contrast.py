@@ -178,7 +178,9 @@ def _over_items(
         if 1 < n < FEW:
             found = statistics.weighted_mean([y[name] - x[name] for name in names])
         low, high = (found.low, found.high) if math.isfinite(found.low) else (None, None)
-        return Difference(found.value, low, high, paired.p, _counted(n), better, paired.higher, paired.lower)
+        # What another seed would give is not in it.
+        basis = _counted(n) + (", one seed only" if any(cell.seed is not None for cell in pairs[0]) else "")
+        return Difference(found.value, low, high, paired.p, basis, better, paired.higher, paired.lower)
     table = np.array([[y[name] - x[name] for name in names] for x, y in scores])
     n_seeds, n_items = table.shape
     # A two-way layout with both ways random: what the cells themselves vary by is in both terms, once too often.

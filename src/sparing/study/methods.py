@@ -14,7 +14,7 @@ from torch import nn
 from sparing.anatomy import anatomy_of
 from sparing.checkpoint.registry import known_policies, rebuild_untrained, selections_in
 from sparing.evaluate.profile import Profiler, Settings
-from sparing.evaluate.task import NotApplicable, Progress, Subject
+from sparing.evaluate.task import Ingredient, NotApplicable, Progress, Subject
 from sparing.evaluate.text_material import TextMaterial
 from sparing.evaluate.windows import read_text
 from sparing.execute import apply
@@ -34,8 +34,8 @@ class Prepared:
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class Method(abc.ABC):
-    """One way to make a model cheaper. Subclasses are frozen dataclasses whose fields are the settings."""
+class Method(Ingredient):
+    """One way to make a model cheaper."""
 
     changes_model: ClassVar[bool] = False
     """Are weights changed or taken away, so that the next method needs the model loaded afresh?"""
@@ -53,23 +53,6 @@ class Method(abc.ABC):
             NotApplicable: the method cannot act on this model.
             ValueError: bad data.
         """
-
-    @property
-    def seeded(self) -> bool:
-        """Does the result depend on the seed? If not, one seed is enough."""
-        return False
-
-    def check(self) -> None:
-        """Look at the settings and the data, before anything slow begins.
-
-        Raises:
-            ValueError: a file is missing or empty, a setting is out of range.
-        """
-        return
-
-    def files(self) -> tuple[Path, ...]:
-        """Local files whose content the result depends on."""
-        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +142,16 @@ class UsePolicy(Method):
                 pass
         except ValueError as error:
             raise NotApplicable(f"{self.policy} cannot act on this model: {error}") from error
+        except TypeError as error:
+            raise ValueError(
+                f"{self.policy} cannot be made of {dict(self.arguments)}: {error}; mend their types"
+            ) from error
         return Prepared(dataclasses.replace(subject, policies=policies, execute=self.execute))
 
 
 @dataclasses.dataclass(frozen=True)
-class _SkipWithinBudget(Method):
-    """What searched and random skipping share.
+class _Budget:
+    """The settings that searched and random skipping share, and what follows from them alone.
 
     Attributes:
         text: the text that plans are chosen on; tasks should measure on another one.
@@ -207,7 +194,7 @@ class _SkipWithinBudget(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchSkip(_SkipWithinBudget):
+class SearchSkip(_Budget, Method):
     """Modules left out by a search on a text: the best plan found within a budget of operations.
 
     Attributes:
@@ -228,7 +215,7 @@ class SearchSkip(_SkipWithinBudget):
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomSkip(_SkipWithinBudget):
+class RandomSkip(_Budget, Method):
     """Modules left out at random at the cost of the searched plan: what choosing must beat.
 
     Attributes:

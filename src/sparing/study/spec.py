@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from sparing.checkpoint.registry import known_policies
 from sparing.evaluate.tasks import known_tasks
@@ -27,6 +27,12 @@ SEED = "{seed}"
 """Stands for the seed in a model's path."""
 OneOrMore = Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
 Name = Annotated[str, Field(pattern=r"^[\w.+@-]+( [\w.+@-]+)*$", max_length=60)]
+
+
+def _each_once(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("a seed stands there twice; name each once")
+    return seeds
 
 
 class _Strict(BaseModel):
@@ -122,7 +128,7 @@ class StudyFile(_Strict):
     about: str = ""
     paths: dict[str, str] = Field(default_factory=dict)
     baseline: str | None = None
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_each_once)] = [0]
     cores: Annotated[int, Field(ge=1)] = 1
     gpus: Annotated[float, Field(ge=0)] = 0
     models: Annotated[dict[Name, ModelEntry], Field(min_length=1)]
@@ -231,6 +237,10 @@ def read_study(path: Path, *, paths: Mapping[str, str | Path] | None = None, shr
         name: entry.model_copy(update={"path": _located(entry.path, path.parent, file.seeds[0])})
         for name, entry in file.models.items()
     }
+    for name, model in models.items():
+        # A shrunk run takes a stand-in for what is not on this machine.
+        if not shrink and Path(model.path).is_absolute() and not Path(model.path).exists():
+            raise where.at(("models", name, "path"), f"the model's folder {model.path} does not exist")
     where.shrink = shrink
     methods = _variants("methods", file.methods, where, _method)
     trainings = _variants("training", file.training, where, lambda use: _class("training", use, known_trainings()))

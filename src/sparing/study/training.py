@@ -5,12 +5,12 @@ from __future__ import annotations
 import abc
 from pathlib import Path
 
-from sparing.evaluate.task import Progress, Subject
+from sparing.evaluate.task import Ingredient, Progress, Subject
 from sparing.study.names import with_plugins
 
 
-class Training(abc.ABC):
-    """One way to train a subject. Subclasses are frozen dataclasses whose fields are the settings.
+class Training(Ingredient):
+    """One way to train a subject.
 
     A study saves what training returns (`sparing.save`) under its cell's key, so that no later task trains again.
     """
@@ -34,18 +34,6 @@ class Training(abc.ABC):
     def seeded(self) -> bool:
         """Does the result depend on the seed?"""
         return True
-
-    def check(self) -> None:
-        """Look at the settings and the data, before anything slow begins.
-
-        Raises:
-            ValueError: a file is missing or empty, a setting is out of range.
-        """
-        return
-
-    def files(self) -> tuple[Path, ...]:
-        """Local files whose content the result depends on."""
-        return ()
 
 
 def ours() -> dict[str, type[Training]]:

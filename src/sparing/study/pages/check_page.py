@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparing.evaluate.checkup import MEANINGS
-from sparing.study.pages.document import page_environment, write_page
+from sparing.study.pages.document import plain, render_record, write_page
 
 COLUMNS = (
     ("dense = gathered", "same result"),
@@ -35,19 +34,17 @@ def write_check(figures: Mapping[str, Any], run: Mapping[str, Any], path: Path) 
 
 def render_check(figures: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     """The page as HTML. Everything that comes from a model is escaped."""
-    # Through JSON, so that a fresh check-up and one read from run.json are the same.
-    f = json.loads(json.dumps(figures, default=str))
+    f = plain(figures)
     groups: dict[str, list[dict[str, Any]]] = {}
     for finding in f["findings"]:
         groups.setdefault(finding["subject"], []).append(finding)
     rows = [_row(name, entry, groups.get(name, [])) for name, entry in f["policies"].items()]
     counts = {verdict: sum(x["verdict"] == verdict for x in f["findings"]) for verdict in MARKS}
-    environment = page_environment()
-    environment.filters.update(short=_short)
-    return environment.get_template("check.html.j2").render(
-        f=f,
-        run=run,
-        run_json=json.dumps({k: v for k, v in run.items() if k != "figures"}, indent=2, default=str),
+    return render_record(
+        "check.html.j2",
+        f,
+        run,
+        {"short": _short},
         groups=groups,
         rows=rows,
         columns=COLUMNS,

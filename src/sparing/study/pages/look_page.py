@@ -17,7 +17,7 @@ from PIL import Image
 from sparing.evaluate.answering import Answer
 from sparing.evaluate.grids import SeenPicture
 from sparing.evaluate.looking import LensWords, Look
-from sparing.study.pages.document import page_environment, write_page
+from sparing.study.pages.document import render_page, write_page
 
 STEPS = 255
 THUMBNAIL, LARGEST = 480, 1024
@@ -69,8 +69,6 @@ def write_look(look: Look, run: Mapping[str, Any], path: Path) -> None:
 
 def render_look(look: Look, run: Mapping[str, Any]) -> str:
     """The page as HTML. Everything that comes from a model, a tokenizer or a file's name is escaped."""
-    environment = page_environment()
-    environment.filters.update(tally=_tally)
     table = _Words(look)
     lenses = [_lens(lens, table) for lens in look.lenses]
     maps, map_error = _maps(look, table)
@@ -100,7 +98,9 @@ def render_look(look: Look, run: Mapping[str, Any]) -> str:
         **_pictures(look.pictures),
     }
     names = list(dict.fromkeys(p.name.split(" · ")[0] for p in look.pictures))
-    return environment.get_template("look.html.j2").render(
+    return render_page(
+        "look.html.j2",
+        {"tally": _tally},
         look=look,
         run=run,
         run_json=json.dumps({k: v for k, v in run.items() if k != "figures"}, indent=2, default=str),

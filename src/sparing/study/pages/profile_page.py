@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparing.study.pages import profile_charts as charts
-from sparing.study.pages.document import page_environment, write_page
+from sparing.study.pages.document import plain, render_record, write_page
 from sparing.study.pages.profile_pictures import picture_view
 
 PARTS = {
@@ -52,16 +51,13 @@ def render(
     links: Mapping[str, str] | None = None,
 ) -> str:
     """The report as HTML. Everything that comes from a model, a text or a file name is escaped."""
-    # Through JSON, so that a fresh profile and one read from run.json are the same.
-    f = json.loads(json.dumps(figures, default=str))
+    f = plain(figures)
     modules, entries = _layers(f["modules"]), _layers(f["entries"])
     reading = {"added loss": {len(p["plan"]["image_attention"]): p["added"][0] for p in f["reading"]}}
     most = max(
         [charts.QUIET, *(v for rows in (modules, entries, reading) for row in rows.values() for v in row.values())]
     )
     plan = f["planned"]["plan"]
-    environment = page_environment()
-    environment.filters.update(nats=charts.nats, count=_count, size=_size, digits=_digits)
 
     def module_map(names: Mapping[str, str]) -> dict[str, Any]:
         return charts.heat_map(
@@ -71,10 +67,11 @@ def render(
         )
 
     page = picture_view(f, pictures or {}) if f["pictures"] else _text_view(f)
-    return environment.get_template("profile.html.j2").render(
-        f=f,
-        run=run,
-        run_json=json.dumps({k: v for k, v in run.items() if k != "figures"}, indent=2, default=str),
+    return render_record(
+        "profile.html.j2",
+        f,
+        run,
+        {"nats": charts.nats, "count": _count, "size": _size, "digits": _digits},
         links=dict(links or {}),
         module_map=module_map(MODULE_NAMES),
         image_map=module_map(IMAGE_NAMES) if f["pictures"] else None,

@@ -13,7 +13,7 @@ from sparing.study.conclusions import in_words
 from sparing.study.contrast import Difference
 from sparing.study.fronts import fronts_of
 from sparing.study.pages import numbers, scatter
-from sparing.study.pages.document import page_environment, write_page
+from sparing.study.pages.document import render_page, write_page
 from sparing.study.pages.drill_down import cells_data, strict
 from sparing.study.results import Arm, Results
 from sparing.study.store import Stored
@@ -42,9 +42,9 @@ def render_study(results: Results) -> str:
     fronts = _fronts(results, links)
     counted = sum((table[each] for table in tables for each in ("verdicts", "control_verdicts")), Counter())
     counts = Counter(cell.result.status for cell in results.cells)
-    environment = page_environment()
-    environment.filters.update(duration=numbers.duration, in_words=in_words)
-    return environment.get_template("study.html.j2").render(
+    return render_page(
+        "study.html.j2",
+        {"duration": numbers.duration, "in_words": in_words},
         results=results,
         about=str(results.about.get("about", "")).strip(),
         counts=counts,
