@@ -25,7 +25,7 @@ setup: .venv/.installed ## create .venv with everything that developing needs
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
-demo: setup ## the tour: profile a small model, act on it, report
+demo: setup ## the tour: profile two small models, on text and on pictures, report
 	$(BIN)/sparing demo --out runs/demo
 
 test: setup ## the tests, offline

@@ -81,6 +81,9 @@ def calibrated(model):
 CASES = [
     PolicyCase("skip-modules", lambda m: SkipModules([0, 2], [1])),
     PolicyCase("skip-modules-of-pictures", lambda m: SkipModules([1], [1, 2], groups=[Group.IMAGE]), pictures=True),
+    PolicyCase(
+        "skip-modules-hiding-pictures", lambda m: SkipModules([0], [1], groups=[Group.IMAGE], hide=[1]), pictures=True
+    ),
     PolicyCase("drop-keep", lambda m: DropTokens(wide)),
     PolicyCase("drop-reindex", lambda m: DropTokens(wide, positions="reindex")),
     PolicyCase("enter-late", lambda m: EnterLate(2), pictures=True),

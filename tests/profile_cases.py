@@ -5,7 +5,7 @@ import random
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparing.evaluate import Settings
+from sparing.evaluate import Profiler, Settings, TextMaterial
 from sparing.worlds.vocabulary import word_tokenizer
 
 SETTINGS = Settings(max_tokens=400, window=24, width=2, repeats=1, steps=3, batches=(1, 2))
@@ -48,3 +48,9 @@ def checkpoint(folder):
     model().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def profiler(model, tokenizer, settings=SETTINGS):
+    """A profile of the text that is ready to run."""
+    material = TextMaterial(model, tokenizer, text(), max_tokens=settings.max_tokens, window=settings.window)
+    return Profiler(material, settings)

@@ -50,6 +50,24 @@ def test_skip_modules_of_pictures(tiny_llava, llava_batch):
     compare(tiny_llava, llava_batch, SkipModules([1], [1, 2], groups=[Group.IMAGE]), oracle)
 
 
+def test_skip_modules_hiding_pictures(tiny_llava, llava_batch):
+    def oracle(m, x, kind, n):
+        everyone, text = torch.arange(len(x)), which(kind, "text", "system")
+        for layer in range(m.depth):
+            rows, keys = text if layer in (0, 1) else everyone, text if layer == 1 else everyone
+            x = x.index_add(0, rows, m.attention(layer, x, rows, keys))
+            rows = text if layer == 1 else everyone
+            x = x.index_add(0, rows, m.mlp(layer, x[rows]))
+        return m.logits(x)
+
+    compare(tiny_llava, llava_batch, SkipModules([0], [1], groups=[Group.IMAGE], hide=[1]), oracle)
+
+
+def test_hiding_needs_a_group():
+    with pytest.raises(ValueError, match="say whom to hide"):
+        SkipModules(hide=[1])
+
+
 @pytest.mark.parametrize("positions", ["keep", "reindex"])
 def test_drop_tokens(positions, tiny_llama, text_batch):
     def oracle(m, x, kind, n):

@@ -12,7 +12,6 @@ import profile_cases as cases
 from sparing.anatomy import anatomy_of
 from sparing.evaluate import (
     KINDS,
-    Profiler,
     Removal,
     Settings,
     TokenKinds,
@@ -194,7 +193,7 @@ def test_the_plan_keeps_the_budget_and_its_path_was_run(found):
 @pytest.mark.parametrize("method", ["greedy", "additive"])
 @pytest.mark.parametrize("budget", [1.0, 0.75, "lowest"])
 def test_every_budget_is_kept_down_to_the_lowest(model, tokenizer, method, budget):
-    lowest = Profiler(model, tokenizer, cases.text(), cases.SETTINGS).flops.lowest_ratio
+    lowest = cases.profiler(model, tokenizer).flops.lowest_ratio
     budget = math.ceil(1e4 * lowest) / 1e4 if budget == "lowest" else budget
     settings = dataclasses.replace(cases.SETTINGS, budget=budget, method=method, controls=1, repeats=0)
     found = profile(model, tokenizer, cases.text(), settings=settings)
@@ -203,7 +202,7 @@ def test_every_budget_is_kept_down_to_the_lowest(model, tokenizer, method, budge
     assert (found.planned.name == "nothing") == (budget == 1)
     assert render(found.as_dict(), {})
     with pytest.raises(ValueError, match=r"cannot be reached.*lm_head.*give at least 0\.\d{4}"):
-        Profiler(model, tokenizer, cases.text(), dataclasses.replace(settings, budget=lowest * 0.99))
+        cases.profiler(model, tokenizer, dataclasses.replace(settings, budget=lowest * 0.99))
 
 
 def test_greedy_takes_the_cheaper_loss_and_gives_back_what_it_can(model, tokenizer, windows):
@@ -237,17 +236,17 @@ def test_a_random_control_costs_what_the_plan_costs(model, tokenizer, windows):
 
 
 def test_what_is_reported_was_not_chosen_on(model, tokenizer):
-    job = Profiler(model, tokenizer, cases.text(), cases.SETTINGS)
-    text, window = list(job.source.ids), job.search.length
+    material = cases.profiler(model, tokenizer).material
+    text, window = list(material.source.ids), material.search.length
     spans = {
         name: {
             (2 * i + odd) * (window - 1) + j for i in range(len(split)) for j in range(int(split.valid[i, 1:].sum()))
         }
-        for name, split, odd in (("chosen", job.search, 0), ("held", job.held_out, 1))
+        for name, split, odd in (("chosen", material.search, 0), ("held", material.held_out, 1))
     }
     assert spans["chosen"].isdisjoint(spans["held"])
     assert spans["chosen"] | spans["held"] == set(range(len(text)))
-    for split, odd in ((job.search, 0), (job.held_out, 1)):
+    for split, odd in ((material.search, 0), (material.held_out, 1)):
         for i in range(len(split)):
             start = (2 * i + odd) * (window - 1)
             predicted = split.ids[i, 1:][split.valid[i, 1:]].tolist()

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import picture_cases
+import processors
 import profile_cases as cases
 from sparing import zoo
 from sparing.cli import main
-from sparing.evaluate import Settings
+from sparing.evaluate import Settings, read_questions
 from sparing.evaluate.windows import READ_LIMIT, read_text
 from sparing.study import render
 
@@ -29,6 +31,15 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "page.txt"
     path.write_text(cases.text(), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    model, processor = processors.family("llava")
+    folder = tmp_path_factory.mktemp("vision") / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -63,6 +74,22 @@ def test_a_quick_run_writes_a_record_and_a_report_and_resumes(checkpoint, text, 
     assert again["figures"]["measured"] == 0
     assert again["figures"]["planned"] == figures["planned"]
     assert len(again["earlier"]) == 1
+
+
+def test_pictures_are_profiled_with_their_questions(vision, tmp_path, capsys, short_timing):
+    folder, out = picture_cases.folder(tmp_path / "pictures"), tmp_path / "out"
+    command = words("profile", vision, "--images", folder, "--quick", "--out", out, "--seed", 5, "--dtype", "float32")
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "right answers" in printed
+    assert "image read" in printed
+    assert sorted(p.name for p in out.iterdir()) == ["measurements.jsonl", "report.html", "run.json"]
+    run = json.loads((out / "run.json").read_text())
+    assert run["config"]["images"] == run["figures"]["pictures"]["file"] == str(folder)
+    assert run["figures"]["planned"]["flops_ratio"] <= 0.6
+    assert '<img src="data:image/' in (out / "report.html").read_text()
+    assert main(command) == 0
+    assert json.loads((out / "run.json").read_text())["figures"]["measured"] == 0
 
 
 def test_gzipped_text_is_the_same_text(text, tmp_path):
@@ -140,6 +167,39 @@ BAD = {
 }
 
 
+BAD_PICTURES = {
+    "no folder": (lambda c, d: (d / "none",), "none does not exist: name a folder of pictures with a questions.jsonl"),
+    "a file": (lambda c, d: (write(d / "f.png", b""),), "f.png is a file: name a folder of pictures"),
+    "no questions": (lambda c, d: (d,), 'has no questions.jsonl: write one, a row for each question, as {"image"'),
+    "no json": (lambda c, d: (write(d / "questions.jsonl", b'{"image": ').parent,), "questions.jsonl, line 1: no JSON"),
+    "empty": (lambda c, d: (write(d / "questions.jsonl", b"\n").parent,), "questions.jsonl has no rows"),
+    "few": (
+        lambda c, d: (picture_cases.folder(d / "p", pictures=3),),
+        "questions.jsonl has 6 questions, and at least 16 are needed: half of them choose a plan",
+    ),
+    "few used": (
+        lambda c, d: (picture_cases.folder(d / "p"), "--max-questions", 8),
+        "questions.jsonl has 8 questions, and at least 16 are needed",
+    ),
+    "text-only model": (
+        lambda c, d: (picture_cases.folder(d / "p"),),
+        "this model sees no pictures (its family, llama, reads text): profile it with --text FILE",
+    ),
+    "and a text": (lambda c, d: (d, "--text", d / "a.txt"), "--text and --images are two profiles: give one of them"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PICTURES)
+def test_bad_pictures_are_one_line(case, checkpoint, tmp_path, capsys):
+    build, message = BAD_PICTURES[case]
+    given = build(checkpoint, tmp_path)
+    assert main(words("profile", checkpoint, "--out", tmp_path / "out", "--images", *given)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_leaves_earlier_results_whole(case, checkpoint, text, tmp_path, capsys):
     build, message = BAD[case]
@@ -160,7 +220,7 @@ def test_bad_input_is_one_line_and_leaves_earlier_results_whole(case, checkpoint
     assert all(path.read_text() == name for name, path in earlier.items())
 
 
-def test_a_missing_text_option_names_itself():
+def test_without_a_text_or_pictures_both_are_named():
     run = subprocess.run(
         [sys.executable, "-c", "import sys; from sparing.cli import main; sys.exit(main(['profile', 'x']))"],
         capture_output=True,
@@ -168,18 +228,28 @@ def test_a_missing_text_option_names_itself():
         timeout=60,
     )
     assert run.returncode == 2
-    assert "--text" in run.stderr
+    assert "--text FILE" in run.stderr
+    assert "--images DIR" in run.stderr
     assert run.stderr.count("\n") == 1
 
 
-def test_the_demo_profiles_the_model_of_the_zoo(tmp_path, capsys, short_timing):
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_profiles_the_models_of_the_zoo(tmp_path, capsys, short_timing):
     try:
-        zoo.path("arithmetic-llama")
+        zoo.path("arithmetic-llama"), zoo.path("scenes-llava")
     except ValueError as missing:
         pytest.skip(str(missing))
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
     assert "report.html" in capsys.readouterr().out
-    figures = json.loads((tmp_path / "run.json").read_text())["figures"]
-    assert figures["planned"]["flops_ratio"] <= 0.6
-    # Choosing must beat chance by far on a model that was trained.
-    assert figures["planned"]["added"][0] < min(point["added"][0] for point in figures["controls"])
+    for folder, budget, other in (
+        (tmp_path, 0.6, "pictures/report.html"),
+        (tmp_path / "pictures", 0.3, "../report.html"),
+    ):
+        figures = json.loads((folder / "run.json").read_text())["figures"]
+        assert figures["planned"]["flops_ratio"] <= budget
+        # Choosing must beat chance by far on a model that was trained.
+        assert figures["planned"]["added"][0] < min(point["added"][0] for point in figures["controls"])
+        assert f'href="{other}"' in (folder / "report.html").read_text()
+    # What the report was asked of can be asked again.
+    assert len(read_questions(tmp_path / "scenes")) == len(list((tmp_path / "scenes").glob("*.png"))) == 22

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
@@ -57,15 +58,8 @@ class LlavaOnevisionAnatomy(VisionAnatomy):
     def _tiled(self, size: list[int]) -> ImageSpan:
         """The overview and the tiles of a picture of `size` (height, width) pixels."""
         side, _ = self.grid
-        tile = self.config.vision_config.image_size
-        best_height, best_width = select_best_resolution(tuple(size), self.config.image_grid_pinpoints)
-        down, across = best_height // tile, best_width // tile
-        height, width = side * down, side * across
-        # The padding of the tiles goes: the same rounding as transformers' `unpad_image`.
-        if size[1] / size[0] > width / height:
-            height -= (height - int(round(size[0] * (width / size[1]), 7))) // 2 * 2
-        else:
-            width -= (width - int(round(size[1] * (height / size[0]), 7))) // 2 * 2
+        down, across, above, before = self._padding(size)
+        height, width = side * down - 2 * above, side * across - 2 * before
         most = int(self.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(height * width / (most * side**2))
         if ratio > 1.1:
@@ -73,6 +67,43 @@ class LlavaOnevisionAnatomy(VisionAnatomy):
         overview = side * side
         stop = overview + height * (width + 1)
         return ImageSpan(0, stop, (height, width), offset=overview, stride=width + 1, tiles=1 + down * across)
+
+    def _padding(self, size: list[int]) -> tuple[int, int, int, int]:
+        """Tiles down and across, and the tokens of padding above (and below) and before (and behind) a picture of `size` pixels."""
+        side, _ = self.grid
+        tile = self.config.vision_config.image_size
+        best_height, best_width = select_best_resolution(tuple(size), self.config.image_grid_pinpoints)
+        down, across = best_height // tile, best_width // tile
+        height, width = side * down, side * across
+        # The same rounding as transformers' `unpad_image`.
+        if size[1] / size[0] > width / height:
+            return down, across, (height - int(round(size[0] * (width / size[1]), 7))) // 2, 0
+        return down, across, 0, (width - int(round(size[1] * (height / size[0]), 7))) // 2
+
+    def pixels(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"]]:
+        """As in `VisionAnatomy`: the tiles put together, or the overview where there are no tiles."""
+        (side, _), found = self.grid, []
+        layouts = self.layouts(inputs)
+        for size, layout, tiles in zip(inputs["image_sizes"].tolist(), layouts, inputs["pixel_values"], strict=True):
+            tiles = self._covered(tiles)
+            if not layout.offset:
+                found.append(tiles[0])
+                continue
+            down, across, above, before = self._padding(size)
+            _, channels, height, width = tiles.shape
+            whole = tiles[1 : 1 + down * across].unflatten(0, (down, across)).permute(2, 0, 3, 1, 4)
+            whole = whole.reshape(channels, down * height, across * width)
+            high, wide = height // side * above, width // side * before
+            found.append(whole[:, high : down * height - high, wide : across * width - wide])
+        return found
+
+    def overviews(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"] | None]:
+        """As in `VisionAnatomy`: the first tile, where there are others."""
+        layouts = self.layouts(inputs)
+        return [
+            self._covered(tiles[0]) if layout.offset else None
+            for layout, tiles in zip(layouts, inputs["pixel_values"], strict=True)
+        ]
 
     def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Packed as the model packs the features themselves: unpadded, scaled down, and a newline (NaN) after each row."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sparing.anatomy.base import HFModule
@@ -38,6 +39,26 @@ class QwenVLAnatomy(VisionAnatomy):
         side = 32 // self.config.vision_config.spatial_merge_size
         return side, side
 
+    @property
+    def cell(self) -> tuple[int, int]:
+        """As in `VisionAnatomy`: merged patches."""
+        vision = self.config.vision_config
+        height, width = both_sides(vision.patch_size)
+        return height * vision.spatial_merge_size, width * vision.spatial_merge_size
+
+    def token_pixels(self, inputs: Mapping[str, Any]) -> Float[Tensor, "tiles h w p"]:
+        """As in `VisionAnatomy`, of one picture: its patches lie in the order of the tokens they are merged into.
+
+        Raises:
+            ValueError: there is not exactly one picture.
+        """
+        (span, *more) = self.layouts(inputs)
+        if more:
+            raise ValueError(
+                f"expected one picture, got {1 + len(more)}: they have sizes of their own, give one at a time"
+            )
+        return inputs["pixel_values"].reshape(1, *span.grid, -1)
+
     def layouts(self, inputs: Mapping[str, Any]) -> Iterable[ImageSpan]:
         """From `image_grid_thw`; a token covers `spatial_merge_size` squared patches.
 
@@ -61,6 +82,21 @@ class QwenVLAnatomy(VisionAnatomy):
                 )
             down, across = height // merge, width // merge
             yield ImageSpan(0, down * across, (down, across))
+
+    def pixels(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"]]:
+        """As in `VisionAnatomy`, from the flat patches, which come merged token by merged token."""
+        vision = self.config.vision_config
+        merge, (high, wide) = vision.spatial_merge_size, both_sides(vision.patch_size)
+        grids = inputs["image_grid_thw"]
+        found = []
+        for (_, height, width), patches in zip(
+            grids.tolist(), inputs["pixel_values"].split(grids.prod(1).tolist()), strict=True
+        ):
+            # Frames of one picture repeat it: the first is enough.
+            shape = (height // merge, width // merge, merge, merge, vision.in_channels, -1, high, wide)
+            tiles = patches.reshape(shape)[:, :, :, :, :, 0]
+            found.append(tiles.permute(4, 0, 2, 5, 1, 3, 6).reshape(vision.in_channels, height * high, width * wide))
+        return found
 
     def read_tokens(self, inputs: Mapping[str, Any]) -> TokenMap:
         """As in `Anatomy`, with the model's own positions where they can be told."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from sparing.anatomy.base import HFModule
@@ -39,6 +40,11 @@ class SmolVLMAnatomy(VisionAnatomy):
         """Height and width of a tile in tokens; one token covers several patches of the encoder."""
         (height, width), factor = super().grid, self.config.scale_factor
         return height // factor, width // factor
+
+    def pixels(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"]]:
+        """As in `VisionAnatomy`: one a tile. Rows with fewer tiles than others are filled up with black ones, which are left out."""
+        rows = inputs["pixel_values"]
+        return [self._covered(tile) for row in rows for tile in row if bool((tile != 0).any())]
 
     def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
         """A token has the largest of the patches that are shuffled into it."""

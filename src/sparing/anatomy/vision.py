@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sparing.anatomy.base import Anatomy, HFModule
@@ -52,6 +53,33 @@ class VisionAnatomy(Anatomy):
         )
         return height // patch_height, width // patch_width
 
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Height and width, in pixels of the encoder's input, of what one token covers."""
+        (height, width), (patch_height, patch_width) = (
+            both_sides(self.config.vision_config.image_size),
+            both_sides(self.config.vision_config.patch_size),
+        )
+        down, across = self.grid
+        return height // patch_height // down * patch_height, width // patch_width // across * patch_width
+
+    def token_pixels(self, inputs: Mapping[str, Any]) -> Float[Tensor, "tiles h w p"]:
+        """The encoder's input, cut into what each token covers; one tile for every run of the encoder.
+
+        Pixels that no patch covers, at the edges, are left out.
+
+        Raises:
+            ValueError: there are no pictures, or they have another size than the encoder's.
+        """
+        pixels = inputs.get("pixel_values")
+        (down, across), (height, width) = self.grid, self.cell
+        if pixels is None or tuple(pixels.shape[-2:]) != both_sides(self.config.vision_config.image_size):
+            got = "none" if pixels is None else "x".join(map(str, pixels.shape[-2:]))
+            raise ValueError(f"expected pictures of the encoder's size, got {got}: use the model's own processor")
+        pixels = pixels.flatten(0, -4)[..., : down * height, : across * width]
+        cut = pixels.reshape(*pixels.shape[:2], down, height, across, width)
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3)
+
     def is_image_token(self, input_ids: Tensor) -> Tensor:
         """Which ids are image placeholders (newline tokens inside a picture included)."""
         return input_ids == self.config.image_token_id
@@ -64,6 +92,24 @@ class VisionAnatomy(Anatomy):
         """A picture of the encoder's own size, as a span that starts at 0."""
         height, width = self.grid
         return ImageSpan(0, height * width, self.grid)
+
+    def pixels(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"]]:
+        """What the encoder is given of each picture (each span of the rows, in order), normalised as it comes.
+
+        Only what the span's grid covers: pixels that the encoder's patches leave over at the edge are cut off, and so is padding
+        of which no token is left. Divided evenly, pixels fall to the tokens of the grid.
+        """
+        return [self._covered(one) for one in inputs["pixel_values"].flatten(0, -4)]
+
+    def overviews(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "c h w"] | None]:
+        """Of each picture, what the encoder is given as a whole beside its tiles, where those tokens lie before its grid."""
+        return [None] * len(self.pixels(inputs))
+
+    def _covered(self, picture: Tensor) -> Tensor:
+        """A picture without the edge that is too narrow for a patch."""
+        high, wide = both_sides(self.config.vision_config.patch_size)
+        height, width = picture.shape[-2:]
+        return picture[..., : height - height % high, : width - width % wide]
 
     def read_tokens(self, inputs: Mapping[str, Any]) -> TokenMap:
         """As in `Anatomy`.

@@ -164,8 +164,11 @@ def _make(entry: Any, where: str) -> Policy:
         )
     try:
         arguments = dict(entry.get("arguments", {}))
-        for key, (kind, given) in selections_in(arguments).items():
-            arguments[key] = kind(**given)
+        try:
+            chosen = {key: kind(**given) for key, (kind, given) in selections_in(arguments).items()}
+        except ValueError as error:
+            raise ValueError(f"{where}: {name}: {error}") from error
+        arguments |= chosen
         return known[name](**{key: _from_json(value) for key, value in arguments.items()})
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{where}: {name} cannot be made from its arguments: {error}") from error

@@ -13,6 +13,7 @@ import sparing
 from sparing.cli.check import check
 from sparing.cli.demo import demo
 from sparing.cli.eval import evaluate
+from sparing.cli.look import look
 from sparing.cli.profile import profile
 from sparing.cli.study import study
 from sparing.cli.zoo import zoo
@@ -49,6 +50,7 @@ def options(
 app.command()(check)
 app.command()(demo)
 app.command("eval")(evaluate)
+app.command()(look)
 app.command()(profile)
 app.add_typer(study, name="study")
 app.add_typer(zoo, name="zoo")

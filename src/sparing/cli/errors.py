@@ -9,6 +9,7 @@ import typer
 
 BAD_INPUT = 2
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 # What to install where an optional dependency is missing.
@@ -71,7 +72,7 @@ def explain(error: Exception) -> tuple[str, int]:
         hint = f" (see `{context.command_path} --help`)" if context else ""
         return f"error: {' '.join(error.format_message().split())}{hint}", BAD_INPUT
     # safetensors reports a full disk as an error of its own.
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in message:
+    if getattr(error, "errno", None) in NO_SPACE or "No space left on device" in message:
         file = getattr(error, "filename", None)
         where = f" while writing {file}" if file else ""
         return f"error: no space left on the disk{where}: free space, or choose another --out", BAD_INPUT

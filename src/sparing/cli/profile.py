@@ -1,4 +1,4 @@
-"""`sparing profile`: what a model needs on a text, and the best plan within a budget."""
+"""`sparing profile`: what a model needs on a text, or for questions about pictures, and the best plan within a budget."""
 
 from __future__ import annotations
 
@@ -10,14 +10,29 @@ import typer
 from sparing.cli.options import Device, Dtype, DtypeName, Out, RemoteCode, Seed
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from collections.abc import Callable, Mapping
 
-    from sparing.evaluate import Profiler, Settings
+    from rich.console import Console
+    from torch import nn
+
+    from sparing.evaluate import Material, Profiler, Settings
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub id.", metavar="MODEL")],
-    text: Annotated[Path, typer.Option("--text", help="UTF-8 text to measure on, .txt or .gz.")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint's folder, a hub id, or a model of the zoo.", metavar="MODEL")
+    ],
+    text: Annotated[
+        Path | None, typer.Option("--text", help="UTF-8 text to measure on, .txt or .gz.", metavar="FILE")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images",
+            help="Folder of pictures with a questions.jsonl beside them, to measure on instead of a text.",
+            metavar="DIR",
+        ),
+    ] = None,
     budget: Annotated[float, typer.Option("--budget", help="Share of the prefill's operations to stay within.")] = 0.6,
     search: Annotated[
         Literal["greedy", "additive"],
@@ -26,8 +41,14 @@ def profile(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Tokens of the text to use: half to choose on, half to report.")
     ] = 8192,
-    window: Annotated[int, typer.Option("--window", min=8, help="Most tokens of a window.")] = 256,
-    quick: Annotated[bool, typer.Option("--quick", help="Less text, additive search, short timing.")] = False,
+    window: Annotated[int, typer.Option("--window", min=8, help="Most tokens of a window of the text.")] = 256,
+    max_questions: Annotated[
+        int,
+        typer.Option("--max-questions", min=1, help="Questions about pictures to use: half to choose, half to report."),
+    ] = 128,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Less text, fewer questions, additive search, short timing.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -38,20 +59,40 @@ def profile(
     ] = False,
     out: Out = Path("runs/profile"),
 ) -> None:
-    """Measure what each module and each kind of token is worth on a text; find the best plan within a budget.
+    """Measure what each module and each kind of token is worth; find the best plan within a budget.
+
+    On a text, or on questions about pictures; there image tokens are looked at by themselves too.
+
+    A row of questions.jsonl: {"image": "a.png", "question": "...", "answer": "..."}, or "images" and a list.
+
+    Without an answer, the stock model's own is the one to keep.
 
     Writes run.json, report.html and measurements.jsonl to --out. A second run goes on where the first one stopped.
     """
-    from sparing.evaluate import Settings, read_text
+    if text is not None and images is not None:
+        raise ValueError("--text and --images are two profiles: give one of them, and run the other into another --out")
+    if text is None and images is None:
+        raise ValueError("nothing to measure on: give --text FILE, or --images DIR for a vision-language model")
+    from sparing.evaluate import PictureMaterial, Settings, TextMaterial, read_questions, read_text
 
-    settings = Settings(budget=budget, method=search, max_tokens=max_tokens, window=window, seed=seed)
+    settings = Settings(
+        budget=budget, method=search, max_tokens=max_tokens, window=window, max_questions=max_questions, seed=seed
+    )
     settings = settings.quick() if quick else settings
-    config = {"model": model, "text": text, "quick": quick, "device": device, "dtype": dtype}
+    config = {"model": model, "text": text, "images": images, "quick": quick, "device": device, "dtype": dtype}
     check_out(out)
+    questions = None if images is None else read_questions(images, settings.max_questions)
+    words = "" if text is None else read_text(text)
+
+    def make(loaded: nn.Module, processor: Any) -> Material:
+        if questions is not None:
+            return PictureMaterial(loaded, processor, questions)
+        return TextMaterial(loaded, processor, words, max_tokens=settings.max_tokens, window=settings.window)
+
     run_profile(
         model,
-        read_text(text),
-        str(text),
+        make,
+        str(images or text),
         settings,
         out,
         config=config,
@@ -81,7 +122,7 @@ def check_out(out: Path) -> None:
 
 def run_profile(
     model: str,
-    text: str,
+    make: Callable[[nn.Module, Any], Material],
     source: str,
     settings: Settings,
     out: Path,
@@ -91,13 +132,14 @@ def run_profile(
     dtype: DtypeName,
     trust_remote_code: bool | None = None,
     without_policies: bool = False,
+    links: Mapping[str, str] | None = None,
 ) -> None:
     """Profile a model and leave `run.json` and `report.html` in `out`; bad input leaves the folder as it was.
 
     Args:
         model: a checkpoint's folder, or a hub id.
-        text: the text itself.
-        source: where it came from, for the report.
+        make: the loaded model and its processor -> what it is profiled on.
+        source: where that came from, for the report.
         settings: how to go about it.
         out: the folder of the results.
         config: the command's options, for the record.
@@ -105,6 +147,7 @@ def run_profile(
         dtype: as `--dtype`.
         trust_remote_code: as `--trust-remote-code`.
         without_policies: as `--without-policies`.
+        links: other pages to name in the report: words -> path.
 
     Raises:
         ValueError: the model follows policies, and would be profiled as another one.
@@ -117,25 +160,27 @@ def run_profile(
     from sparing.cli.models import load_model
     from sparing.cli.profile_summary import print_summary
     from sparing.cli.record import RunRecord
-    from sparing.evaluate import Profiler
+    from sparing.evaluate import PictureMaterial, Profiler
     from sparing.study import write_report
 
-    loaded, tokenizer, saved = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded, processor, saved = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if saved and not without_policies:
         names = " & ".join(type(policy).__name__ for policy in saved)
         raise ValueError(
             f"{model} follows {names}, and a profile looks for a plan on top of none: --without-policies profiles its weights "
             "alone (in Python sparing.release(model) takes them off); `sparing check` measures it with them"
         )
-    job = Profiler(loaded, tokenizer, text, settings)
+    material = make(loaded, processor)
+    job = Profiler(material, settings)
     console = Console()
     with RunRecord(out, config={**config, **dataclasses.asdict(settings)}, seed=settings.seed) as record:
         figures = _measure(job, out / "measurements.jsonl", console)
-        figures["text"]["file"] = source
+        figures[material.name]["file"] = source
         record.figures = figures
         record.write()
         run = json.loads(record.path.read_text(encoding="utf-8"))
-        write_report(figures, {**run, "status": "finished"}, out / "report.html")
+        pictures = material.shown() if isinstance(material, PictureMaterial) else {}
+        write_report(figures, {**run, "status": "finished"}, out / "report.html", pictures=pictures, links=links)
     print_summary(figures, console)
     console.print(f"report: {out / 'report.html'}", style="bold", soft_wrap=True, highlight=False)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparing.study.pages.profile_charts import bars, intensity, nats, speeds
-from sparing.study.pages.profile_page import MODULE_NAMES, PARTS, plan_in_words
+from sparing.study.pages.profile_page import IMAGE_NAMES, MODULE_NAMES, PARTS, plan_in_words
 
 COLD, HOT, COOL = (62, 64, 70), (214, 84, 30), (24, 132, 152)
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -29,20 +29,36 @@ def print_summary(figures: Mapping[str, Any], console: Console) -> None:
         f"   operations {planned['flops_ratio']:.1%}   KV {planned['kv_ratio']:.1%}",
         highlight=False,
     )
+    if figures["answers"]:
+        console.print(_answers(figures["answers"]), highlight=False)
     if figures["controls"]:
         chance = ", ".join(nats(point["added"][0]) for point in figures["controls"])
         console.print(f"random plans of the same budget add {chance}", highlight=False)
     console.print(Text(f"loss over steps {_sparkline([point['held_out'] for point in figures['path']])}"))
     console.print()
-    rows = {MODULE_NAMES[name]: values for name, values in figures["modules"].items()}
-    taken = {MODULE_NAMES[name]: set(planned["plan"][name]) for name in MODULE_NAMES}
-    most = max(v for row in (*rows.values(), *figures["entries"].values()) for v in row.values())
+    names = {**MODULE_NAMES, **{name: f"image {words}" for name, words in IMAGE_NAMES.items()}}
+    rows = {names[name]: values for name, values in figures["modules"].items()}
+    taken = {names[name]: set(planned["plan"][name]) for name in figures["modules"]}
+    reading = {"added loss": {len(p["plan"]["image_attention"]): p["added"][0] for p in figures["reading"]}}
+    most = max(v for row in (*rows.values(), *figures["entries"].values(), *reading.values()) for v in row.values())
     console.print(_blocks("left out alone, layer", rows, taken, most, console))
     entered = {kind: {layer} for kind, layer in planned["plan"]["entry"].items()}
     console.print(_blocks("enters only at layer", figures["entries"], entered, most, console))
+    if figures["reading"]:
+        console.print(_blocks("images only read, in", reading, {}, most, console))
     console.print(_parts(figures["flops"]))
     if figures["timings"]:
         console.print(_speed(figures["timings"]))
+
+
+def _answers(answers: Mapping[str, Any]) -> str:
+    """How many answers are right, or stay what they were, on held-out questions."""
+    kept, low, high, n = answers["same"]
+    said = f"{kept:.0%} of {n} held-out answers stay word for word (95% {low:.0%} to {high:.0%})"
+    if (right := answers["right"])["dense"] is None:
+        return said
+    share, low, high, n = right["planned"]
+    return f"right answers {right['dense'][0]:.0%} → {share:.0%} of {n} (95% {low:.0%} to {high:.0%})   {said}"
 
 
 def _blocks(

@@ -235,9 +235,11 @@ def _places(given: list[str] | None) -> dict[str, str]:
 
 
 def _counts(job: Study) -> dict[str, int]:
-    return (
-        dict(Counter(stored.result.status for stored in job.results())) if (job.out / "results.sqlite").exists() else {}
-    )
+    """How many cells came to which end; nothing where the file cannot be read, which the run's own error says better."""
+    try:
+        return dict(Counter(stored.result.status for stored in job.results()))
+    except ValueError:
+        return {}
 
 
 def _progress(job: Study, found: dict[str, Stored]) -> str:

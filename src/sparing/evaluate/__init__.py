@@ -3,7 +3,10 @@
 from sparing.evaluate.findings import Point, Profile, Settings
 from sparing.evaluate.kinds import KINDS, TokenKinds
 from sparing.evaluate.loss import TextLoss, text_loss
-from sparing.evaluate.profile import Profiler, profile
+from sparing.evaluate.material import Material
+from sparing.evaluate.pictures.material import PictureMaterial
+from sparing.evaluate.pictures.questions import PictureQuestion, read_questions
+from sparing.evaluate.profile import Profiler, profile, profile_pictures
 from sparing.evaluate.removal import Removal
 from sparing.evaluate.speed import Timing, time_arms
 from sparing.evaluate.task import Figure, NotApplicable, Outcome, Subject, Task
@@ -17,6 +20,7 @@ from sparing.evaluate.tasks import (
     known_tasks,
     task_class,
 )
+from sparing.evaluate.text_material import TextMaterial
 from sparing.evaluate.windows import Windows, cut, read_text, tokenize
 
 __all__ = [
@@ -27,9 +31,12 @@ __all__ = [
     "GenerationTask",
     "HarnessTask",
     "LmmsTask",
+    "Material",
     "NotApplicable",
     "Outcome",
     "PerplexityTask",
+    "PictureMaterial",
+    "PictureQuestion",
     "Point",
     "Profile",
     "Profiler",
@@ -38,12 +45,15 @@ __all__ = [
     "Subject",
     "Task",
     "TextLoss",
+    "TextMaterial",
     "Timing",
     "TokenKinds",
     "Windows",
     "cut",
     "known_tasks",
     "profile",
+    "profile_pictures",
+    "read_questions",
     "read_text",
     "task_class",
     "text_loss",

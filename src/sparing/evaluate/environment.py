@@ -14,20 +14,23 @@ import torch
 
 def environment() -> dict[str, Any]:
     """Versions, git state and hardware of this process, as `run.json` and the benchmarks store them."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"versions": versions(), "git": git_state(Path(__file__).resolve().parents[3]), "hardware": hardware()}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
+    packages = ("sparing", "torch", "transformers")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def hardware() -> dict[str, Any]:
+    """What this process may use of its machine."""
     return {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("sparing", "torch", "transformers")},
-        },
-        "git": git_state(Path(__file__).resolve().parents[3]),
-        "hardware": {
-            "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "ram_gib": _ram_gib(),
-            "gpus": gpus,
-        },
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gib": _ram_gib(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 

@@ -7,10 +7,11 @@ import math
 from typing import Any
 
 from sparing.evaluate.painting import Painting
+from sparing.evaluate.pictures.painting import PicturePage
 from sparing.evaluate.search import Method
 from sparing.evaluate.speed import Timing
 
-PHASES = ("sensitivity", "search", "control", "speed")
+PHASES = ("answers", "sensitivity", "reading", "search", "control", "speed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Settings:
         width: candidates of a greedy step.
         max_tokens: tokens of the text that are used; half of them to choose, half to report.
         window: most tokens of a window.
-        entries: most entry layers that are tried for a kind of tokens.
+        max_questions: questions about pictures that are used; half of them to choose, half to report.
+        entries: most entry layers that are tried for a kind of tokens, and most numbers of reading layers.
         controls: random plans of the same budget.
         seed: of the random plans.
         repeats: timed repeats; 0 skips timing.
@@ -36,6 +38,7 @@ class Settings:
     width: int = 4
     max_tokens: int = 8192
     window: int = 256
+    max_questions: int = 128
     entries: int = 16
     controls: int = 3
     seed: int = 0
@@ -55,16 +58,17 @@ class Settings:
             )
         if self.method not in ("greedy", "additive"):
             raise ValueError(f'search {self.method!r} is not known: choose "greedy" or "additive"')
-        for name, least in (("width", 1), ("max_tokens", 1), ("window", 8), ("entries", 1)):
+        for name, least in (("width", 1), ("max_tokens", 1), ("window", 8), ("entries", 1), ("max_questions", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least {least}")
 
     def quick(self) -> Settings:
-        """The same with less text, no re-measured candidates and shorter timing: seconds instead of a minute."""
+        """The same with less text, fewer questions, no re-measured candidates and shorter timing: seconds instead of a minute."""
         return dataclasses.replace(
             self,
             method="additive",
             max_tokens=min(self.max_tokens, 2048),
+            max_questions=min(self.max_questions, 32),
             entries=min(self.entries, 4),
             repeats=2,
             steps=8,
@@ -100,11 +104,14 @@ class Profile:
 
     Attributes:
         model: name, sizes and dtype.
-        text: how much of the text was used, and how it was split.
+        text: how much of the text was used, and how it was split; empty for pictures.
+        pictures: the same of questions about pictures; empty for a text.
         settings: how the profile was made.
         kinds: the kinds of tokens that occur, with their share of the tokens.
-        modules: added loss of leaving one module out alone: module -> layer -> nats a token.
+        modules: added loss of leaving one module out alone: module -> layer -> nats a token. `image_` modules are left out for
+            image tokens only; `image_read` means that nobody reads them in this layer.
         entries: added loss of one kind entering late, alone: kind -> layer -> nats a token.
+        reading: plans that compute image tokens in no layer and read them in fewer and fewer; none for a text.
         dense: the stock model.
         planned: the chosen plan.
         plan_call: the chosen plan as a call.
@@ -114,17 +121,20 @@ class Profile:
         kv_bytes: arm -> bytes.
         lowest_ratio: operations left without any module (the output matrix), as a share.
         timings: measured speed, one a batch size.
-        painting: a page of the text with what became of every token.
+        answers: what stock and planned model write to the questions that report, and how many are right; empty for a text.
+        painting: a page of the material with what became of every token, see `Painting` and `PicturePage`.
         seconds: seconds of this run, resumed measurements not counted.
         measured: measurements of this run; the others were found in the file.
     """
 
     model: dict[str, Any]
     text: dict[str, Any]
+    pictures: dict[str, Any]
     settings: Settings
     kinds: dict[str, dict[str, Any]]
     modules: dict[str, dict[int, float]]
     entries: dict[str, dict[int, float]]
+    reading: list[Point]
     dense: Point
     planned: Point
     plan_call: str
@@ -134,7 +144,8 @@ class Profile:
     kv_bytes: dict[str, int]
     lowest_ratio: float
     timings: list[Timing]
-    painting: Painting
+    answers: dict[str, Any]
+    painting: Painting | PicturePage
     seconds: float
     measured: int
 

@@ -13,11 +13,14 @@ from sparing.tokens import TokenMap
 
 KINDS = ("first", "digits", "letters", "signs")
 FIRST, DIGITS, LETTERS, SIGNS = range(len(KINDS))
+IMAGE = "image"
+"""The kind of a picture's tokens, told from the token map (`Group.IMAGE`) and not from ids."""
 MEANING = {
     "first": "the first token of a window, where models put the attention they do not need",
     "digits": "tokens with a digit",
     "letters": "tokens with a letter and no digit",
     "signs": "punctuation, space and special tokens",
+    IMAGE: "the tokens of pictures",
 }
 
 

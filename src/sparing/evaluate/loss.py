@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sparing.anatomy import anatomy_of
@@ -82,7 +82,6 @@ def text_loss(
     return measure_under(lambda: apply(model, *policies), model, windows, states=states, batch=batch)
 
 
-@torch.inference_mode()
 def measure_under(
     applied: Callable[[], AbstractContextManager[Run]],
     model: nn.Module,
@@ -95,22 +94,64 @@ def measure_under(
     shape = anatomy_of(model).shape()
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     batch = batch or max(1, LOGIT_BYTES // (4 * windows.length * shape.vocabulary))
-    tokens, tables = [], []
+    parts = (windows.rows(slice(start, start + batch)) for start in range(0, len(windows), batch))
+    return measure_batches(applied, model, (batch_of(part, device) for part in parts), states=states)
+
+
+class Batch(NamedTuple):
+    """One forward pass whose last positions are predicted.
+
+    Attributes:
+        inputs: what the model is called with, on its device.
+        targets: the tokens at the last positions; the logits of the position before each predict it.
+        scored: which of them count.
+    """
+
+    inputs: Mapping[str, Any]
+    targets: Int[Tensor, "b p"]
+    scored: Bool[Tensor, "b p"]
+
+
+def batch_of(windows: Windows, device: torch.device) -> Batch:
+    """Windows as a batch in which every token but the first is predicted."""
+    ids, valid = windows.ids.to(device), windows.valid.to(device)
+    mask = None if bool(windows.valid.all()) else valid.long()
+    return Batch({"input_ids": ids, "attention_mask": mask}, ids[:, 1:], valid[:, 1:])
+
+
+@torch.inference_mode()
+def measure_batches(
+    applied: Callable[[], AbstractContextManager[Run]],
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    states: bool = False,
+) -> TextLoss:
+    """Measure the loss of a model on batches, inside a context that `sparing.apply` makes.
+
+    Args:
+        applied: makes the context.
+        model: a Hugging Face model of a known family.
+        batches: what it is called with. Rows of batches of other widths are padded on the left in the result.
+        states: also return the ledger's table; the batches must then be of one length.
+
+    Raises:
+        ValueError: a logit is NaN or infinite; the message says where that comes from.
+    """
+    tokens, predicted, tables = [], [], []
     spent: dict[str, int] = dict.fromkeys(PARTS, 0)
     dense: dict[str, int] = dict.fromkeys(PARTS, 0)
     kv = dense_kv = 0
-    broken: Windows | None = None
+    broken: Batch | None = None
     with applied() as run:
-        for start in range(0, len(windows), batch):
-            part = windows.rows(slice(start, start + batch))
-            ids, valid = part.ids.to(device), part.valid.to(device)
-            mask = None if bool(part.valid.all()) else valid.long()
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            if not bool(torch.isfinite(logits[valid]).all()):
+        for part in batches:
+            logits = model(**part.inputs, use_cache=False).logits[:, :-1]
+            if not bool(torch.isfinite(logits[part.scored]).all()):
                 broken = part
                 break
-            nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-            tokens.append((nats * valid[:, 1:]).cpu())
+            nats = F.cross_entropy(logits.float().transpose(1, 2), part.targets, reduction="none")
+            tokens.append((nats * part.scored).cpu())
+            predicted.append(part.scored.sum(1).cpu())
             cost, full = run.ledger.cost(), run.ledger.dense_cost()
             for name in PARTS:
                 spent[name] += cost.prefill.flops[name]
@@ -121,12 +162,13 @@ def measure_under(
     if broken is not None:
         # Outside the context, where the model's own layers run.
         raise ValueError(explain_not_finite(model, broken))
-    nats = torch.cat(tokens)
-    predicted = windows.valid[:, 1:].sum(1)
+    longest = max(part.shape[1] for part in tokens)
+    nats = torch.cat([F.pad(part, (longest - part.shape[1], 0)) for part in tokens])
+    counts = torch.cat(predicted)
     return TextLoss(
         tokens=nats,
-        windows=(nats.double().sum(1) / predicted.clamp(min=1)).float(),
-        predicted=predicted,
+        windows=(nats.double().sum(1) / counts.clamp(min=1)).float(),
+        predicted=counts,
         flops=spent,
         dense_flops=dense,
         kv_bytes=kv,
@@ -145,7 +187,7 @@ def check_finite(model: nn.Module, windows: Windows) -> None:
 
 
 @torch.inference_mode()
-def explain_not_finite(model: nn.Module, windows: Windows) -> str:
+def explain_not_finite(model: nn.Module, batch: Batch) -> str:
     """Say why logits are not finite: broken weights, or the first layer whose result is not."""
     broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
@@ -154,7 +196,8 @@ def explain_not_finite(model: nn.Module, windows: Windows) -> str:
         return f"the weights contain NaN or infinite values: {names}; the checkpoint is damaged, save it again"
     anatomy = anatomy_of(model)
     first: list[int] = []
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    mask = batch.inputs.get("attention_mask")
+    valid = torch.ones_like(batch.inputs["input_ids"]).bool() if mask is None else mask.bool()
 
     def watch(layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, out: Any) -> None:
@@ -164,12 +207,11 @@ def explain_not_finite(model: nn.Module, windows: Windows) -> str:
 
         return hook
 
-    valid = windows.valid.to(device)
     with contextlib.ExitStack() as stack:
         for i, module in enumerate(anatomy.layers):
             stack.callback(module.register_forward_hook(watch(i)).remove)
-        logits = model(input_ids=windows.ids.to(device), attention_mask=valid.long(), use_cache=False).logits
-    if bool(torch.isfinite(logits[valid]).all()):
+        logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
+    if bool(torch.isfinite(logits[batch.scored]).all()):
         return "logits are NaN or infinite under this plan, though not in the stock model: try --dtype float32"
     where = f"first in layer {first[0]}" if first else "after the last layer"
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")

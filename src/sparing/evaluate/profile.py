@@ -1,33 +1,29 @@
-"""`profile`: what each module and each kind of token is worth on a text, and the best plan within a budget."""
+"""`profile`: what each module and each kind of token is worth on a material, and the best plan within a budget."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparing.anatomy import anatomy_of
 from sparing.evaluate.findings import Point, Profile, Settings
-from sparing.evaluate.kinds import FIRST, KINDS, MEANING, TokenKinds
-from sparing.evaluate.loss import TextLoss, check_finite, measure_under
+from sparing.evaluate.material import Material, Split
 from sparing.evaluate.measurements import Measurements, content_key
-from sparing.evaluate.painting import Painting, paint
-from sparing.evaluate.removal import MODULES, PrefillFlops, Removal
+from sparing.evaluate.pictures.material import PictureMaterial
+from sparing.evaluate.pictures.questions import PictureQuestion
+from sparing.evaluate.removal import PrefillFlops, Removal
 from sparing.evaluate.search import Search, single
-from sparing.evaluate.speed import Timing, time_arms
+from sparing.evaluate.speed import Timing, time_prompts
 from sparing.evaluate.statistics import weighted_mean
-from sparing.evaluate.windows import Windows, tokenize
+from sparing.evaluate.text_material import TextMaterial
 
 OnStep = Callable[[str, float, str], None]
-# Fewer tokens of a kind than this say nothing about the kind.
-FEWEST_OF_A_KIND = 8
 
 
 def profile(
@@ -52,59 +48,64 @@ def profile(
         on_step: told of progress: phase (one of `PHASES`), share of it that is done, and a line.
 
     Raises:
-        ValueError: see `Profiler`.
+        ValueError: see `TextMaterial` and `Profiler`.
     """
-    job = Profiler(model, tokenizer, text, settings or Settings(budget=budget))
-    return job.run(measurements, on_step)
+    settings = settings or Settings(budget=budget)
+    material = TextMaterial(model, tokenizer, text, max_tokens=settings.max_tokens, window=settings.window)
+    return Profiler(material, settings).run(measurements, on_step)
+
+
+def profile_pictures(
+    model: nn.Module,
+    processor: Any,
+    questions: Sequence[PictureQuestion],
+    budget: float = 0.6,
+    *,
+    settings: Settings | None = None,
+    measurements: Path | None = None,
+    on_step: OnStep | None = None,
+) -> Profile:
+    """Find out which computation a vision-language model needs for questions about pictures.
+
+    Args:
+        model: a Hugging Face model of a known vision family.
+        processor: its own processor.
+        questions: see `read_questions`; the first `max_questions` of the settings are used.
+        budget: as in `profile`.
+        settings: as in `profile`.
+        measurements: as in `profile`.
+        on_step: as in `profile`.
+
+    Raises:
+        ValueError: see `PictureMaterial` and `Profiler`.
+    """
+    settings = settings or Settings(budget=budget)
+    material = PictureMaterial(model, processor, questions[: settings.max_questions])
+    return Profiler(material, settings).run(measurements, on_step)
 
 
 class Profiler:
-    """A profile that is ready to run: everything that can be wrong with its input has been looked at.
+    """A profile that is ready to run: what can be wrong with its input has been looked at.
 
     Args:
-        model: a Hugging Face model of a known family.
-        tokenizer: its tokenizer, or a processor that has one.
-        text: the text.
+        material: the model, and what it is profiled on.
         settings: how to go about it.
-        modules_only: leave out modules only; otherwise kinds of tokens may enter late too.
 
     Raises:
-        ValueError: no tokenizer, a text that is too short, a budget out of reach, or logits that are not finite.
+        ValueError: a budget out of reach, or logits that are not finite.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, text: str, settings: Settings, *, modules_only: bool = False
-    ) -> None:
-        anatomy = anatomy_of(model)
-        self.model, self.settings = model, settings
-        self.shape = anatomy.shape()
-        self.source = tokenize(tokenizer, text, settings.max_tokens)
-        self.longest = anatomy.text_config.max_position_embeddings
-        windows = self.source.windows(min(settings.window, self.longest))
-        if int(windows.ids.max()) >= self.shape.vocabulary:
-            raise ValueError(
-                "the tokenizer has tokens that the model does not know: they belong to different checkpoints"
-            )
-        self.search, self.held_out = windows.split()
-        self.kinds = TokenKinds(model, tokenizer)
-        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        found = self.kinds.of_windows(windows.ids).where(windows.valid, torch.tensor(-1))
-        self.counts = {name: int((found == i).sum()) for i, name in enumerate(KINDS)}
-        chosen_on = self.kinds.of_windows(self.search.ids)
-        self.present = [
-            name
-            for i, name in enumerate(KINDS)
-            if not modules_only
-            and (i == FIRST or int(((chosen_on == i) & self.search.valid).sum()) >= FEWEST_OF_A_KIND)
-        ]
-        self.flops = PrefillFlops(self.shape, found, windows.valid)
-        if settings.budget < self.flops.lowest_ratio:
-            least = self.flops.lowest_ratio
-            raise ValueError(
-                f"a budget of {settings.budget:g} cannot be reached: the output matrix (lm_head) alone takes "
-                f"{least:.4f} of this model's operations; give at least {math.ceil(1e4 * least) / 1e4:.4f}"
-            )
-        check_finite(model, windows)
+    def __init__(self, material: Material, settings: Settings) -> None:
+        self.material, self.settings = material, settings
+        self.model, self.shape = material.model, material.shape
+        if material.ready:
+            self._check_budget()
+        material.check()
+
+    @property
+    def flops(self) -> PrefillFlops:
+        """Counts a removal's operations on both halves."""
+        return self.material.flops
 
     def run(self, measurements: Path | None = None, on_step: OnStep | None = None) -> Profile:
         """Measure, search, control and time. What `measurements` holds already is not measured again."""
@@ -112,24 +113,25 @@ class Profiler:
         self._begin(measurements, on_step)
         dense = self._loss("choose", Removal())
         modules, entries = self._sensitivities(dense)
+        reading = self._reading(modules)
         path = self._search({**_named(modules), **_named(entries)})
+        path += self._better(path[-1], reading)
         planned = path[-1]
         controls = []
         for i in range(self.settings.controls):
             drawn = self._searcher({}).at_random(self.settings.budget, self.flops(planned), self.settings.seed + i)
             controls.append(drawn)
             self._tell("control", (i + 1) / self.settings.controls, f"random plan {i + 1}: {self._say(drawn)}")
+        about = self.material.describe()
         return Profile(
             model=self._describe_model(),
-            text=self._describe_text(),
+            text=about if self.material.name == "text" else {},
+            pictures=about if self.material.name == "pictures" else {},
             settings=self.settings,
-            kinds={
-                name: {"share": count / sum(self.counts.values()), "meaning": MEANING[name]}
-                for name, count in self.counts.items()
-                if name in self.present
-            },
+            kinds=self.material.kinds,
             modules=modules,
             entries=entries,
+            reading=[self._point(removal) for removal in reading],
             dense=self._point(Removal()),
             planned=self._point(planned),
             plan_call=str(planned),
@@ -139,7 +141,8 @@ class Profiler:
             kv_bytes={arm: self._both(planned, f"{kv}kv_bytes") for arm, kv in (("dense", "dense_"), ("planned", ""))},
             lowest_ratio=self.flops.lowest_ratio,
             timings=[self._time(planned, batch) for batch in self.settings.batches] if self.settings.repeats else [],
-            painting=self._paint(planned),
+            answers=self._answers(planned),
+            painting=self.material.page(**self._store.get(f"page {planned.key}", lambda: self.material.paint(planned))),
             seconds=time.perf_counter() - self._clock,
             measured=self._store.taken,
         )
@@ -150,7 +153,7 @@ class Profiler:
         shares = {"sensitivity": (0.0, 0.5), "search": (0.5, 0.5)}
 
         def forward(phase: str, done: float, line: str) -> None:
-            start, share = shares[phase]
+            start, share = shares.get(phase, (0.0, 0.0))
             tell(start + share * done, line)
 
         self._begin(None, forward)
@@ -165,32 +168,60 @@ class Profiler:
     def _begin(self, measurements: Path | None, on_step: OnStep | None) -> None:
         self._tell = on_step or (lambda phase, done, line: None)
         # Cached results of another device, or of other software, would not be this run's.
-        subject = content_key(
-            self.model, self.search.ids.tolist(), self.held_out.ids.tolist(), str(self._device), torch.__version__
-        )
+        subject = content_key(self.model, *self.material.content, str(self.material.device), torch.__version__)
         self._store = Measurements(measurements, subject)
+        if not self.material.ready:
+            self.material.prepare(self._store, lambda done, line: self._tell("answers", done, line))
+            self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.settings.budget < (least := self.flops.lowest_ratio):
+            raise ValueError(
+                f"a budget of {self.settings.budget:g} cannot be reached: {self.material.fixed} "
+                f"{least:.4f} of this model's operations; give at least {math.ceil(1e4 * least) / 1e4:.4f}"
+            )
 
     # The parts of a profile ----------------------------------------------------------------------------------------
 
     def _sensitivities(self, dense: dict[str, Any]) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
         """The loss that each module, and each late entry, adds alone."""
-        names: list[tuple[str, int]] = [(module, layer) for module in MODULES for layer in range(self.shape.depth)]
-        names += [(kind, layer) for kind in self.present for layer in self._entry_layers]
-        found: dict[str, dict[int, float]] = {what: {} for what in (*MODULES, *self.present)}
+        modules, kinds = self.material.modules, list(self.material.kinds)
+        names: list[tuple[str, int]] = [(module, layer) for module in modules for layer in range(self.shape.depth)]
+        names += [(kind, layer) for kind in kinds for layer in self._entry_layers]
+        found: dict[str, dict[int, float]] = {what: {} for what in (*modules, *kinds)}
         for i, (what, layer) in enumerate(names):
             removal = single((what, layer))
             found[what][layer] = self._loss("choose", removal)["loss"] - dense["loss"]
             self._tell("sensitivity", (i + 1) / len(names), f"{removal.key}: {found[what][layer]:+.4f} nats")
-        return {m: found[m] for m in MODULES}, {k: found[k] for k in self.present}
+        return {m: found[m] for m in modules}, {k: found[k] for k in kinds}
+
+    def _reading(self, modules: dict[str, dict[int, float]]) -> list[Removal]:
+        """Pictures computed in no layer, and read in fewer and fewer: always in those where not reading them costs most."""
+        if "image_read" not in modules:
+            return []
+        ranked = sorted(modules["image_read"], key=lambda layer: -modules["image_read"][layer])
+        counts = [0, *self._entry_layers][::-1]
+        found = []
+        for i, count in enumerate(counts):
+            found.append(Removal.reading(sorted(ranked[:count]), self.shape.depth))
+            self._tell("reading", (i + 1) / len(counts), f"read in {count} layers: {self._say(found[-1])}")
+        return found
+
+    def _better(self, planned: Removal, reading: Sequence[Removal]) -> list[Removal]:
+        """The plan of few reading layers that beats what was searched step by step, if one does."""
+        fitting = [r for r in reading if self.flops(r) <= self.settings.budget * self.flops.dense]
+        best = min([planned, *fitting], key=lambda removal: self._loss("choose", removal)["loss"])
+        return [] if best is planned else [best]
 
     def _searcher(self, sensitivity: dict[tuple[str, int], float]) -> Search:
         return Search(
             self.flops,
             self.shape.depth,
-            self.present,
+            list(self.material.kinds),
             lambda removal: self._loss("choose", removal)["loss"],
             sensitivity,
             self._entry_layers,
+            self.material.modules,
         )
 
     def _search(self, sensitivity: dict[tuple[str, int], float], *, report: bool = True) -> list[Removal]:
@@ -208,16 +239,16 @@ class Profiler:
 
     def _time(self, removal: Removal, batch: int) -> Timing:
         """Dense and planned seconds at a batch size."""
-        steps, repeats = self.settings.steps, self.settings.repeats
-        length = min(self.longest, 512)
-        steps = min(steps, length // 4)
-        ids = torch.tensor(self.source.ids)
-        rows = ids.repeat(-(-batch * length // len(ids)))[: batch * length].view(batch, length)
-        planned = functools.partial(removal.applied, self.model, self.kinds)
-        hardware = f"{self._device} {torch.get_num_threads()} threads"
-        name = f"time {removal.key} | batch {batch} length {length} steps {steps} repeats {repeats} on {hardware}"
+        repeats = self.settings.repeats
+        prompt, fed = self.material.timed(batch, self.settings.steps)
+        length, steps = prompt["input_ids"].shape[1], fed.shape[1]
+        hardware = f"{self.material.device} {torch.get_num_threads()} threads"
+        name = f"time {removal.key} | batch {batch} prompt {length} steps {steps} repeats {repeats} on {hardware}"
         found = self._store.get(
-            name, lambda: dataclasses.asdict(time_arms(self.model, planned, rows, steps=steps, repeats=repeats))
+            name,
+            lambda: dataclasses.asdict(
+                time_prompts(self.model, lambda: self.material.applied(removal), prompt, fed, repeats=repeats)
+            ),
         )
         done = (self.settings.batches.index(batch) + 1) / len(self.settings.batches)
         pair = [f"{1e3 * found['prefill'][arm][0]:.1f} ms" for arm in ("dense", "planned")]
@@ -226,20 +257,15 @@ class Profiler:
         samples = {arm: [tuple(pair) for pair in pairs] for arm, pairs in found["samples"].items()}
         return Timing(**{**found, **spreads, "samples": samples})
 
-    def _paint(self, removal: Removal) -> Painting:
-        found = self._store.get(
-            f"page {removal.key}",
-            lambda: paint(
-                functools.partial(self._under, states=True), removal, self.held_out, self._tokenizer, self.kinds
-            ).as_dict(),
-        )
-        return Painting(**found)
+    def _answers(self, removal: Removal) -> dict[str, Any]:
+        """What stock and planned model write to the reporting half, compared."""
+        written = [
+            self._store.get(f"answers {r.key}", lambda r=r: {"texts": self.material.answers(r)})["texts"]
+            for r in ((Removal(), removal) if self.material.asks else ())
+        ]
+        return self.material.compare(*written) if written else {}
 
     # Measuring -----------------------------------------------------------------------------------------------------
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device  # type: ignore[operator]
 
     @property
     def _entry_layers(self) -> list[int]:
@@ -249,16 +275,11 @@ class Profiler:
             return list(range(1, depth + 1))
         return sorted({round(i * depth / most) for i in range(1, most + 1)})
 
-    def _under(self, removal: Removal, windows: Windows, *, states: bool = False) -> TextLoss:
-        applied = functools.partial(removal.applied, self.model, self.kinds)
-        return measure_under(applied, self.model, windows, states=states)
-
-    def _loss(self, split: str, removal: Removal) -> dict[str, Any]:
-        """The loss of a removal on a split (`choose` or `report`), and its ledger."""
-        windows = self.search if split == "choose" else self.held_out
+    def _loss(self, split: Split, removal: Removal) -> dict[str, Any]:
+        """The loss of a removal on a half, and its ledger."""
 
         def measure() -> dict[str, Any]:
-            found = self._under(removal, windows)
+            found = self.material.loss(split, removal)
             return {
                 "loss": found.mean,
                 "windows": found.windows.tolist(),
@@ -273,7 +294,7 @@ class Profiler:
 
     def _both(self, removal: Removal, what: str) -> Any:
         """A count of the ledgers of both splits together."""
-        a, b = (self._loss(split, removal)[what] for split in ("choose", "report"))
+        a, b = self._loss("choose", removal)[what], self._loss("report", removal)[what]
         return {part: a[part] + b[part] for part in a} if isinstance(a, dict) else a + b
 
     def _point(self, removal: Removal) -> Point:
@@ -314,16 +335,6 @@ class Profiler:
             "vocabulary": self.shape.vocabulary,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-        }
-
-    def _describe_text(self) -> dict[str, Any]:
-        return {
-            "tokens": len(self.source.ids),
-            "characters": self.source.characters,
-            "of_characters": self.source.of_characters,
-            "window": self.search.length,
-            "chosen_on": {"windows": len(self.search), "predicted": self.search.predicted},
-            "held_out": {"windows": len(self.held_out), "predicted": self.held_out.predicted},
         }
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from sparing.evaluate.kinds import KINDS, TokenKinds
+from sparing.evaluate.kinds import IMAGE, KINDS, TokenKinds
 from sparing.execute import Run, apply
 from sparing.plan import ModelShape, Policy
 from sparing.policies import EnterLate, SkipModules
+from sparing.tokens import Group
 
-Module = Literal["attention", "mlp"]
+Module = Literal["attention", "mlp", "image_attention", "image_mlp", "image_read"]
 MODULES: tuple[Module, ...] = ("attention", "mlp")
+IMAGE_MODULES: tuple[Module, ...] = ("image_attention", "image_mlp", "image_read")
+"""What can be left out of a layer for image tokens alone."""
+LAYERWISE = (*MODULES, *IMAGE_MODULES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +30,23 @@ class Removal:
         attention: layers without attention.
         mlp: layers without MLP.
         entry: kinds of tokens that enter late, each with the first layer that computes and reads it; sorted.
+        image_attention: layers in which image tokens skip attention; the others read them all the same.
+        image_mlp: layers in which image tokens skip the MLP.
+        image_read: layers in which image tokens skip attention and nobody reads them.
     """
 
     attention: frozenset[int] = frozenset()
     mlp: frozenset[int] = frozenset()
     entry: tuple[tuple[str, int], ...] = ()
+    image_attention: frozenset[int] = frozenset()
+    image_mlp: frozenset[int] = frozenset()
+    image_read: frozenset[int] = frozenset()
+
+    @classmethod
+    def reading(cls, layers: Sequence[int], depth: int) -> Removal:
+        """Image tokens are never computed, and read in these layers alone, as ViCA has it."""
+        every = frozenset(range(depth))
+        return cls(image_attention=frozenset(layers), image_mlp=every, image_read=every - frozenset(layers))
 
     def without(self, module: Module, layer: int) -> Removal:
         """One more module left out."""
@@ -42,7 +59,9 @@ class Removal:
     def put_back(self) -> list[Removal]:
         """Every removal with one module, or one kind of tokens, less."""
         found: list[Removal] = [
-            dataclasses.replace(self, **{m: getattr(self, m) - {i}}) for m in MODULES for i in sorted(getattr(self, m))
+            dataclasses.replace(self, **{m: getattr(self, m) - {i}})
+            for m in LAYERWISE
+            for i in sorted(getattr(self, m))
         ]
         return found + [
             dataclasses.replace(self, entry=tuple(e for e in self.entry if e != late)) for late in self.entry
@@ -55,31 +74,57 @@ class Removal:
     @property
     def key(self) -> str:
         """A name that is the same for equal removals, in any process."""
-        modules = [f"{m} {','.join(map(str, sorted(getattr(self, m))))}" for m in MODULES if getattr(self, m)]
+        modules = [
+            f"{m.replace('_', ' ')} {','.join(map(str, sorted(getattr(self, m))))}"
+            for m in LAYERWISE
+            if getattr(self, m)
+        ]
         return "; ".join([*modules, *(f"{kind} from {layer}" for kind, layer in self.entry)]) or "nothing"
 
-    def policies(self, kinds: TokenKinds) -> list[Policy]:
-        """The policies that carry this out."""
+    def policies(self, kinds: TokenKinds | None = None) -> list[Policy]:
+        """The policies that carry this out.
+
+        Args:
+            kinds: what tells kinds of text tokens; not needed where only image tokens enter late.
+        """
         found: list[Policy] = []
         if self.attention or self.mlp:
             found.append(SkipModules(attention=self.attention, mlp=self.mlp))
-        found += [EnterLate(layer, where=kinds.where(kind)) for kind, layer in self.entry if layer]
+        if self.image_attention or self.image_mlp or self.image_read:
+            found.append(
+                SkipModules(
+                    attention=self.image_attention, mlp=self.image_mlp, groups=[Group.IMAGE], hide=self.image_read
+                )
+            )
+        for kind, layer in self.entry:
+            if layer and kind == IMAGE:
+                found.append(EnterLate(layer))
+            elif layer:
+                assert kinds is not None, "kinds of text tokens are told by TokenKinds"
+                found.append(EnterLate(layer, where=kinds.where(kind)))
         return found
 
-    def applied(self, model: nn.Module, kinds: TokenKinds) -> Run:
+    def applied(self, model: nn.Module, kinds: TokenKinds | None = None) -> Run:
         """`sparing.apply` of these policies; the stock forward runs where nothing is left out."""
         return apply(model, *self.policies(kinds))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, for JSON."""
-        return {"attention": sorted(self.attention), "mlp": sorted(self.mlp), "entry": dict(self.entry)}
+        return {**{m: sorted(getattr(self, m)) for m in LAYERWISE}, "entry": dict(self.entry)}
 
     def __str__(self) -> str:
         """The call that makes the plan."""
         calls = []
         if self.attention or self.mlp:
             calls.append(f"SkipModules(attention={sorted(self.attention)}, mlp={sorted(self.mlp)})")
-        calls += [f"EnterLate({layer}, where=kinds.where({kind!r}))" for kind, layer in self.entry]
+        if self.image_attention or self.image_mlp or self.image_read:
+            parts = {"attention": self.image_attention, "mlp": self.image_mlp, "hide": self.image_read}
+            said = "".join(f", {name}={sorted(layers)}" for name, layers in parts.items() if layers)
+            calls.append(f"SkipModules(groups=[Group.IMAGE]{said})")
+        calls += [
+            f"EnterLate({layer})" if kind == IMAGE else f"EnterLate({layer}, where=kinds.where({kind!r}))"
+            for kind, layer in self.entry
+        ]
         return " & ".join(calls) or "nothing removed"
 
 
@@ -92,36 +137,64 @@ class PrefillFlops:
         shape: the model's sizes.
         kinds: the kind of each token of the windows.
         valid: which of them are no padding.
+        names: the kinds' names, in the order of their numbers.
+        fixed: operations that no removal touches (the output matrix, the vision encoder); by default those of the output
+            matrix on every token.
     """
 
-    def __init__(self, shape: ModelShape, kinds: Int[Tensor, "n w"], valid: Bool[Tensor, "n w"]) -> None:
-        self._shape, self._kinds, self._valid = shape, kinds, valid
-        self._counts: dict[frozenset[str], tuple[int, int]] = {}
+    def __init__(
+        self,
+        shape: ModelShape,
+        kinds: Int[Tensor, "n w"],
+        valid: Bool[Tensor, "n w"],
+        *,
+        names: Sequence[str] = KINDS,
+        fixed: int | None = None,
+    ) -> None:
+        self._shape, self._kinds, self._valid, self._names = shape, kinds, valid, tuple(names)
+        self._rows: dict[frozenset[str], int] = {}
+        self._pairs: dict[tuple[frozenset[str], frozenset[str], int | None], int] = {}
         # Logits are computed for padding too.
-        self.lm_head = 2 * shape.hidden * shape.vocabulary * valid.numel()
+        self.fixed = 2 * shape.hidden * shape.vocabulary * valid.numel() if fixed is None else fixed
         self.dense = self(Removal())
 
     def __call__(self, removal: Removal) -> int:
         """All operations of the prefill."""
-        total = self.lm_head
+        total = self.fixed
         for i, layer in enumerate(self._shape.layers):
-            rows, pairs = self._count(frozenset(kind for kind, entry in removal.entry if i < entry))
+            away = frozenset(kind for kind, entry in removal.entry if i < entry)
             if i not in removal.attention:
-                total += rows * (layer.query_flops + layer.kv_flops) + pairs * layer.pair_flops
+                unread = away | {IMAGE} if i in removal.image_read else away
+                idle = unread | {IMAGE} if i in removal.image_attention else unread
+                total += self._count(idle) * layer.query_flops + self._count(unread) * layer.kv_flops
+                total += self._count_pairs(idle, unread, layer.window) * layer.pair_flops
             if i not in removal.mlp:
-                total += rows * layer.mlp_flops
+                total += self._count(away | {IMAGE} if i in removal.image_mlp else away) * layer.mlp_flops
         return total
 
     @property
     def lowest_ratio(self) -> float:
-        """What is left when every module is gone: the output matrix, as a share of all operations."""
-        return self.lm_head / self.dense
+        """What is left when every module is gone, as a share of all operations."""
+        return self.fixed / self.dense
 
-    def _count(self, away: frozenset[str]) -> tuple[int, int]:
-        """Rows, and query-key pairs, of a layer in which some kinds are away."""
-        if away not in self._counts:
-            here = self._valid.clone()
-            for kind in away:
-                here &= self._kinds != KINDS.index(kind)
-            self._counts[away] = int(here.sum()), int((here.long().cumsum(1) * here).sum())
-        return self._counts[away]
+    def _without(self, kinds: frozenset[str]) -> Bool[Tensor, "n w"]:
+        here = self._valid.clone()
+        for kind in kinds & set(self._names):
+            here &= self._kinds != self._names.index(kind)
+        return here
+
+    def _count(self, without: frozenset[str]) -> int:
+        """Rows of a layer in which some kinds are left out."""
+        if without not in self._rows:
+            self._rows[without] = int(self._without(without).sum())
+        return self._rows[without]
+
+    def _count_pairs(self, idle: frozenset[str], unread: frozenset[str], window: int | None) -> int:
+        """Query-key pairs of a layer in which some kinds do not attend, and some are not read."""
+        key = (idle, unread, window)
+        if key not in self._pairs:
+            seen = self._without(unread).long().cumsum(1)
+            if window is not None and window < seen.shape[1]:
+                seen[:, window:] = seen[:, window:] - seen[:, :-window].clone()
+            self._pairs[key] = int((seen * self._without(idle)).sum())
+        return self._pairs[key]

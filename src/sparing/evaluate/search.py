@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from sparing.evaluate.removal import MODULES, Module, PrefillFlops, Removal
+from sparing.evaluate.removal import LAYERWISE, MODULES, Module, PrefillFlops, Removal
 
 Method = Literal["greedy", "additive"]
 # A step of the path saves at least this share of the dense operations, where one can: the first token of a window alone
@@ -41,6 +41,7 @@ class Search:
         loss: measures a removal on the text to choose on.
         sensitivity: the loss that each removal adds alone, by the option's name.
         entries: the layers at which a kind may enter.
+        modules: what may be left out layer by layer.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Search:
         loss: Callable[[Removal], float],
         sensitivity: Mapping[tuple[str, int], float],
         entries: Sequence[int],
+        modules: Sequence[Module] = MODULES,
     ) -> None:
         self._flops, self._depth, self._kinds, self._entries = flops, depth, tuple(kinds), tuple(entries)
+        self._modules = tuple(modules)
         self._loss = loss
         self._alone = sensitivity
 
@@ -60,7 +63,7 @@ class Search:
         """Everything that can be left out in addition."""
         now = self._flops(removal)
         found = []
-        for module in MODULES:
+        for module in self._modules:
             for layer in range(self._depth):
                 if layer not in getattr(removal, module):
                     found.append(((module, layer), removal.without(module, layer)))
@@ -68,7 +71,9 @@ class Search:
             for layer in self._entries:
                 if layer > removal.entry_of(kind):
                     found.append(((kind, layer), removal.entering(kind, layer)))
-        return [Option(name, then, now - self._flops(then)) for name, then in found]
+        options = [Option(name, then, now - self._flops(then)) for name, then in found]
+        # An image token that has not entered yet has nothing left to skip.
+        return [option for option in options if option.saved > 0]
 
     def path(self, budget: float, method: Method, width: int) -> Iterator[Removal]:
         """The steps from the dense model to the first plan within the budget.
@@ -93,7 +98,7 @@ class Search:
             removal = chosen.removal
             # What was learned about entering later was said from the old entry.
             corrected = {
-                name: added for name, added in corrected.items() if name[0] != chosen.name[0] or name[0] in MODULES
+                name: added for name, added in corrected.items() if name[0] != chosen.name[0] or name[0] in LAYERWISE
             }
             yield removal
         yield from self._given_back(removal, budget)
@@ -119,7 +124,7 @@ class Search:
         def price(option: Option) -> tuple[bool, float]:
             name = option.name
             expected = self._alone[name]
-            if name[0] not in MODULES and (entry := removal.entry_of(name[0])):
+            if name[0] not in LAYERWISE and (entry := removal.entry_of(name[0])):
                 expected -= self._alone[name[0], entry]
             return _price(corrected.get(name, expected), option.saved)
 
@@ -127,7 +132,7 @@ class Search:
         best = []
         for option in sorted(options, key=price):
             what = option.name[0]
-            if what in MODULES or what not in seen:
+            if what in LAYERWISE or what not in seen:
                 best.append(option)
                 seen.add(what)
         return best
@@ -158,7 +163,7 @@ class Search:
         while self._flops(removal) > budget * self._flops.dense:
             options = self.options(removal)
             # A kind enters one step later at a time, as modules go one at a time.
-            steps = [o for o in options if o.name[0] in MODULES]
+            steps = [o for o in options if o.name[0] in LAYERWISE]
             steps += [
                 next(o for o in options if o.name[0] == k) for k in self._kinds if any(o.name[0] == k for o in options)
             ]
@@ -174,7 +179,7 @@ def _price(added: float, saved: int) -> tuple[bool, float]:
 def single(name: tuple[str, int]) -> Removal:
     """The removal of one module, or the late entry of one kind, alone."""
     what, layer = name
-    if what in MODULES:
-        module: Module = "attention" if what == "attention" else "mlp"
-        return Removal().without(module, layer)
+    for module in LAYERWISE:
+        if module == what:
+            return Removal().without(module, layer)
     return Removal().entering(what, layer)

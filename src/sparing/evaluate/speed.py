@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparing.evaluate.memory import peak_bytes
 from sparing.execute import Run
+from sparing.tokens import TokenMap
 
 Arm = Callable[[], AbstractContextManager[Run | None]]
 
@@ -72,6 +73,30 @@ def time_arms(
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     ids = ids.to(device)
     prompt, fed = ids[:, : ids.shape[1] - steps], ids[:, ids.shape[1] - steps :]
+    return time_prompts(model, planned, {"input_ids": prompt}, fed, repeats=repeats)
+
+
+@torch.inference_mode()
+def time_prompts(
+    model: nn.Module,
+    planned: Callable[[], AbstractContextManager[Run]],
+    prompt: Mapping[str, Any],
+    fed: Int[Tensor, "b steps"],
+    *,
+    repeats: int,
+) -> Timing:
+    """Time the stock model and the planned one in turns on any inputs, pictures too.
+
+    Args:
+        model: a Hugging Face model.
+        planned: makes the context in which the plan holds.
+        prompt: inputs of rows of one length, without padding, on the model's device.
+        fed: the tokens that the steps are fed.
+        repeats: measured repeats; one more warms up.
+    """
+    device, (batch, length), steps = fed.device, prompt["input_ids"].shape, fed.shape[1]
+    axes = TokenMap.from_inputs(model, prompt).position_ids
+    after = (axes.amax(dim=(0, 2))[:, None] + 1).expand(len(axes), -1, -1) if axes.ndim == 3 else None
     arms: Mapping[str, Arm] = {"dense": contextlib.nullcontext, "planned": planned}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     ratios, kv = (1.0, 1.0), dict.fromkeys(arms, 0)
@@ -79,17 +104,17 @@ def time_arms(
         # The order turns around, so that neither arm always runs on the caches that the other one left.
         for name in list(arms)[:: 1 if repeat % 2 else -1]:
             with arms[name]() as run:
-                took = _once(model, prompt, fed, device)
+                took = _once(model, prompt, fed, after)
                 if repeat:
                     seconds[name].append(took)
                 if run is not None and not repeat:
                     cost, full = run.ledger.cost(), run.ledger.dense_cost()
                     ratios = cost.prefill.total / full.prefill.total, cost.decode.total / max(full.decode.total, 1)
                     kv = {"dense": full.kv_bytes, "planned": cost.kv_bytes}
-    rate = ids.shape[0] * steps
+    rate = batch * steps
     return Timing(
-        batch=ids.shape[0],
-        prompt=prompt.shape[1],
+        batch=batch,
+        prompt=length,
         steps=steps,
         repeats=repeats,
         prefill={name: _spread([s for s, _ in taken]) for name, taken in seconds.items()},
@@ -102,20 +127,24 @@ def time_arms(
     )
 
 
-def _once(model: nn.Module, prompt: Tensor, fed: Tensor, device: torch.device) -> tuple[float, float]:
+def _once(
+    model: nn.Module, prompt: Mapping[str, Any], fed: Tensor, after: Int[Tensor, "axes b one"] | None
+) -> tuple[float, float]:
     """Seconds of one prefill and of the steps after it."""
-    start = _now(device)
-    out: Any = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    middle = _now(device)
+    start = _now(fed.device)
+    out: Any = model(**prompt, use_cache=True, logits_to_keep=1)
+    middle = _now(fed.device)
     cache = out.past_key_values
     for step in range(fed.shape[1]):
-        cache = model(input_ids=fed[:, step : step + 1], past_key_values=cache, use_cache=True).past_key_values
-    return middle - start, _now(device) - middle
+        # Stock models with positions of several axes lose them on a step by itself.
+        known = {} if after is None else {"position_ids": after + step}
+        cache = model(input_ids=fed[:, step : step + 1], past_key_values=cache, use_cache=True, **known).past_key_values
+    return middle - start, _now(fed.device) - middle
 
 
-def _peak(model: nn.Module, arm: Arm, prompt: Tensor, device: torch.device) -> int:
+def _peak(model: nn.Module, arm: Arm, prompt: Mapping[str, Any], device: torch.device) -> int:
     with arm():
-        return peak_bytes(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), device)
+        return peak_bytes(lambda: model(**prompt, use_cache=True, logits_to_keep=1), device)
 
 
 def _now(device: torch.device) -> float:

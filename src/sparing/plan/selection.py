@@ -54,6 +54,17 @@ class Selection(abc.ABC):
         return kept_arguments(self)
 
 
+def check_where(where: object, what: str, *, mask: bool = False) -> None:
+    """Refuse what chooses no tokens.
+
+    Raises:
+        ValueError: it is no selection and no function (and no mask, where one is taken).
+    """
+    if where is None or isinstance(where, Selection) or callable(where) or (mask and isinstance(where, Tensor)):
+        return
+    raise ValueError(f"{what} is {str(where)[:60]!r}: give a selection (OfClass) or a function of the TokenMap")
+
+
 @torch.no_grad()
 def chosen_in(view: PromptView, where: Selection) -> Bool[Tensor, "b t"]:
     """What a selection chooses in a prompt, padding taken out.

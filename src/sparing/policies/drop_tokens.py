@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparing.plan import ModelShape, Policy, PromptView, Selection
-from sparing.plan.selection import chosen_in
+from sparing.plan.selection import check_where, chosen_in
 from sparing.tokens import Group, TokenMap
 
 Where = Callable[[TokenMap], Tensor]
@@ -46,6 +46,7 @@ class DropTokens(Policy):
     ) -> None:
         if (where is None) == (groups is None):
             raise ValueError("DropTokens: give exactly one of where= (a selection, a mask or a function) and groups=")
+        check_where(where, "DropTokens(where=...)", mask=True)
         if not 0 <= keep <= 1:
             raise ValueError(f"DropTokens(keep={keep}): the share to keep lies between 0 and 1")
         if positions not in ("keep", "reindex"):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from sparing.plan import LayerPlan, ModelShape, Policy, PromptView, Selection, View
-from sparing.plan.selection import chosen_in, remembered
+from sparing.plan.selection import check_where, chosen_in, remembered
 from sparing.tokens import Group, TokenMap
 
 
@@ -40,6 +40,7 @@ class EnterLate(Policy):
     ) -> None:
         if entry < 0 or (exit is not None and exit < entry):
             raise ValueError(f"EnterLate(entry={entry}, exit={exit}): give 0 <= entry <= exit")
+        check_where(where, "EnterLate(where=...)")
         self.entry, self.exit, self.groups, self.where = entry, exit, tuple(groups), where
         # A selection looks at the whole prompt.
         self.causal = not isinstance(where, Selection)

@@ -13,11 +13,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from sparing.plan import PromptView, Selection
-from sparing.tokens import Group, TokenMap, TokenProfile
+from sparing.tokens import TokenMap, TokenProfile
 from sparing.tokens.names import nearest
 from sparing.tokens.profile import CLASSES, members_of
 
-CONTROLS = ("random", "background")
+CONTROLS = ("random", "uniform", "background")
 NEIGHBOURS = 0.25
 """Share of a picture's tokens within which what is most frequent has its neighbours."""
 
@@ -30,17 +30,19 @@ class OfClass(Selection):
 
     - `random`: drawn from the picture's other tokens. The draw follows from the seed, the picture's place in its row and
       the class's own tokens, so it is the same in any batch and under any padding.
+    - `uniform`: drawn in the same way from all tokens of the picture, those of the classes among them.
     - `background`: the other tokens that are most like what the picture has most of. That is the token whose
       neighbours are nearest (the cosine of embeddings to the one in rank a quarter of the other tokens), and the order is by cosine
       to it. If dead tokens were blank background and no more, this would do what removing them does.
 
-    Where there are fewer others than that, tokens of the classes make up the number. Newline tokens are never chosen.
+    Where `random` and `background` find fewer others than that, tokens of the classes make up the number: of classes that are most
+    of a picture they take all the rest, which is no fair match (`uniform` is). Newline tokens are never chosen.
 
     Args:
         profile: a `TokenProfile`, the file of one, or what its `as_dict` gave.
         classes: `sink`, `vit_sink`, `llm_sink`, `dead`, `alive`.
         control: choose a control instead of the classes.
-        seed: of the control `random`.
+        seed: of the controls that draw.
         inverse: choose all picture tokens but these (keep only the classes, or only the control).
         overlapping: let a token be in several classes; otherwise it is in the nearest one's alone.
 
@@ -89,12 +91,12 @@ class OfClass(Selection):
 
     @property
     def seeded(self) -> bool:
-        """The random control is."""
-        return self.control == "random"
+        """Controls that draw are."""
+        return self.control in ("random", "uniform")
 
     def idle(self, tokens: TokenMap) -> bool:
         """There are no pictures."""
-        return not tokens.has(Group.IMAGE)
+        return not any(tokens.images)
 
     def arguments(self) -> dict[str, Any]:
         """With the profile itself, so that a checkpoint needs no other file."""
@@ -103,19 +105,20 @@ class OfClass(Selection):
     def choose(self, view: PromptView) -> Bool[Tensor, "b t"]:
         """Tell the classes apart, and match them where a control is asked for."""
         tokens, device = view.tokens, view.tokens.group.device
-        spans = [(r, i, span) for r, row in enumerate(tokens.images) for i, span in enumerate(row)]
-        shown = torch.zeros(tokens.group.shape, dtype=torch.bool)
-        for r, _, span in spans:
-            shown[r, span.encoded()] = True
-        # Wherever they come from, image tokens without a known picture are none.
-        shown &= (tokens.of(Group.IMAGE)).cpu()
-        where = shown.to(device)
-        states = view.embeds[where]
-        view.spend(len(states) * self.profile.flops(*view.vocabulary.shape[::-1]))
+        spans = [(r, i, span.encoded()) for r, row in enumerate(tokens.images) for i, span in enumerate(row)]
+        where = torch.zeros(tokens.group.shape, dtype=torch.bool, device=device)
         chosen = torch.zeros_like(where)
-        chosen[where] = self._are_members(states, view.vocabulary)
+        if not spans:
+            return chosen
+        # Where pictures lie is known on the host, so that nothing waits for the device here.
+        row = torch.cat([torch.full_like(index, r) for r, _, index in spans]).to(device)
+        place = torch.cat([index for _, _, index in spans]).to(device)
+        states = view.embeds[row, place]
+        view.spend(len(states) * self.profile.flops(*view.vocabulary.shape[::-1]))
+        where[row, place] = True
+        chosen[row, place] = self._are_members(states, view.vocabulary)
         if self.control is not None:
-            chosen = self._matched(view, chosen, [(r, i, span.encoded()) for r, i, span in spans])
+            chosen = self._matched(view, chosen, spans)
         return where & ~chosen if self.inverse else chosen
 
     def _are_members(self, states: Tensor, vocabulary: Tensor) -> Tensor:
@@ -136,12 +139,14 @@ class OfClass(Selection):
             count = int(member.sum())
             if not count:
                 continue
-            if self.control == "random":
-                order = self._drawn(member, place)
-            else:
-                order = _like_background(view.embeds[row, index.to(device)], member)
-            # Others first: where they are too few, the classes' own tokens follow.
-            order = order[torch.argsort(member[order].int(), stable=True)]
+            order = (
+                self._drawn(member, place)
+                if self.seeded
+                else _like_background(view.embeds[row, index.to(device)], member)
+            )
+            if self.control != "uniform":
+                # Others first: where they are too few, the classes' own tokens follow.
+                order = order[torch.argsort(member[order].int(), stable=True)]
             found[row, index[order[:count]]] = True
         return found.to(device)
 

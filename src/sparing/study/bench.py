@@ -38,7 +38,10 @@ class Bench:
     def __init__(
         self, folder: Path, *, device: torch.device | str = "cpu", environment: Mapping[str, Any], cores: int = 1
     ) -> None:
-        self._folder, self._device, self._environment, self._cores = folder, torch.device(device), environment, cores
+        self._folder, self._device, self._cores = folder, torch.device(device), cores
+        # The threads of a cell, whoever runs it.
+        machine = {**environment["hardware"], "threads": cores} if "hardware" in environment else None
+        self._environment = {**environment, **({"hardware": machine} if machine else {})}
         self._loaded: tuple[Any, Subject] | None = None
         self._prepared: tuple[str, Prepared] | None = None
 

@@ -214,6 +214,8 @@ def _values(cells: Sequence[Stored]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for cell in cells:
         for group, values in cell.result.environment.items():
+            if group == "node":
+                continue
             for name, value in values.items() if isinstance(values, dict) else [("", values)]:
                 text = value if isinstance(value, str) else json.dumps(value, default=str)
                 found.setdefault(f"{group}.{name}".rstrip("."), set()).add(text)

@@ -15,6 +15,7 @@ from sparing.anatomy import anatomy_of
 from sparing.checkpoint.registry import known_policies, rebuild_untrained, selections_in
 from sparing.evaluate.profile import Profiler, Settings
 from sparing.evaluate.task import NotApplicable, Progress, Subject
+from sparing.evaluate.text_material import TextMaterial
 from sparing.evaluate.windows import read_text
 from sparing.execute import apply
 from sparing.study.names import unknown, with_plugins
@@ -194,13 +195,15 @@ class _SkipWithinBudget(Method):
     def _profiler(self, subject: Subject, settings: Settings) -> Profiler:
         if subject.policies:
             raise NotApplicable("skipping is searched on a stock model, and this checkpoint comes with policies")
-        return Profiler(
+        material = TextMaterial(
             subject.model,
             subject.tokenizer,
             read_text(self.text),
-            settings,
+            max_tokens=self.max_tokens,
+            window=self.window,
             modules_only=self.modules_only,
         )
+        return Profiler(material, settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +223,7 @@ class SearchSkip(_SkipWithinBudget):
         settings = dataclasses.replace(self._settings(seed), method=self.search, width=self.width)
         job = self._profiler(subject, settings)
         removal = job.search_only(on_step)
-        found = dataclasses.replace(subject, policies=tuple(removal.policies(job.kinds)))
+        found = dataclasses.replace(subject, policies=tuple(job.material.policies(removal)))
         return Prepared(found, {"plan": str(removal), "flops_share": job.flops(removal) / job.flops.dense})
 
 
@@ -248,7 +251,7 @@ class RandomSkip(_SkipWithinBudget):
         job = self._profiler(subject, settings)
         target = self.budget * job.flops.dense if self.matches == "none" else job.flops(job.search_only(on_step))
         removal = job.random_plan(round(target), seed)
-        found = dataclasses.replace(subject, policies=tuple(removal.policies(job.kinds)))
+        found = dataclasses.replace(subject, policies=tuple(job.material.policies(removal)))
         return Prepared(found, {"plan": str(removal), "flops_share": job.flops(removal) / job.flops.dense})
 
 

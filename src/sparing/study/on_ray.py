@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparing.evaluate.environment import hardware, versions
 from sparing.study.bench import Bench
 from sparing.study.cells import Cell
 from sparing.study.store import Result
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def run_on_ray(
     study: Study, pending: Sequence[Cell], watcher: Watcher, address: str | None
-) -> Iterator[tuple[Cell, Result]]:
+) -> Generator[tuple[Cell, Result]]:
     """Run cells on a cluster, and give each result as soon as it is there.
 
     Cells that time something run at the end, one after the other, with nothing of this study beside them.
@@ -68,16 +69,22 @@ def run_on_ray(
 
 
 class _Worker:
-    """A bench of its own on one node."""
+    """A bench of its own on one node; the versions and the hardware that it tells are the node's."""
 
     def __init__(self, folder: Path, device: str, environment: dict[str, Any], cores: int) -> None:
+        import ray
+
+        torch.set_num_threads(cores)
+        here = ray.get_runtime_context().get_node_id()
+        name = next((node["NodeName"] for node in ray.nodes() if node["NodeID"] == here), here)
+        environment = {**environment, "versions": versions(), "hardware": hardware(), "node": name}
         self._bench = Bench(folder, device=device, environment=environment, cores=cores)
 
     def run(self, cell: Cell) -> Result:
         return self._bench.run(cell)
 
 
-def _run(study: Study, cells: Sequence[Cell], watcher: Watcher, slots: int) -> Iterator[tuple[Cell, Result]]:
+def _run(study: Study, cells: Sequence[Cell], watcher: Watcher, slots: int) -> Generator[tuple[Cell, Result]]:
     import ray
     from ray.exceptions import RayActorError
 

@@ -23,6 +23,7 @@ SMALL: dict[str, Any] = {
     "batches": (1, 2),
     "prompt": 16,
     "per_task": 2,
+    "items": 5,
     "scenes": 4,
     "found_on": 8,
     "per_kind": 2,

@@ -290,10 +290,12 @@ class Store:
         self._base.execute(f"BEGIN {kind}")
         try:
             yield
+            self._base.execute("COMMIT")
         except BaseException:
-            self._base.execute("ROLLBACK")
+            # On a full disk SQLite may have rolled back by itself.
+            if self._base.in_transaction:
+                self._base.execute("ROLLBACK")
             raise
-        self._base.execute("COMMIT")
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -307,7 +309,9 @@ class Store:
             elif "not a database" in said or "malformed" in said:
                 why = "is no SQLite file, or is damaged: move it away, or choose another folder"
             elif "full" in said:
-                why = "cannot be written, no space left on the disk: free space and resume"
+                why = "cannot be written, no space left on the disk: what it holds is whole; free space and resume"
+            elif "disk I/O" in said:
+                why = "cannot be read or written (disk I/O error, perhaps no space left): look at the disk, and resume"
             elif "readonly" in said or "unable to open" in said:
                 why = "may not be written to: choose another folder"
             else:

@@ -7,7 +7,7 @@ import dataclasses
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -114,7 +114,9 @@ class Study:
         self.out, self.shrink, self.paths, self.device = Path(out), shrink, dict(paths or {}), torch.device(device)
         self.spec: StudySpec = read_study(source, paths=self.paths, shrink=shrink)
         self.environment = dict(surroundings() if environment is None else environment)
-        self.cells = cells_of(self.spec, shrink=shrink, hardware=str(self.environment.get("hardware", "")))
+        # How many threads this process has decides nothing: a cell takes those that the YAML says.
+        machine = {k: v for k, v in self.environment.get("hardware", {}).items() if k != "threads"}
+        self.cells = cells_of(self.spec, shrink=shrink, hardware=str(machine or ""))
         self._by_key = {cell.key: cell for cell in self.cells}
 
     # Running -------------------------------------------------------------------------------------------------------
@@ -141,16 +143,19 @@ class Study:
             key -> what became of the cell, for all cells of the study that were ever run.
 
         Raises:
-            ValueError: another process runs this study, or the file is locked.
+            ValueError: another process runs this study, or a result cannot be kept: the file is locked, the disk is full. The
+                results before it are whole.
             KeyboardInterrupt: after Ctrl-C; what was finished is kept.
         """
         watcher = watcher or Silent()
         with self._alone(), Store(self.out / RESULTS, create=True) as store:
             self._claim(store)
             pending = self.pending(store, again=again, only=only)
-            for cell, result in self._results(on, pending, watcher, address):
-                store.put(cell, result)
-                watcher.finished(cell, result)
+            # Closed at once where a result cannot be kept: workers must not go on for nobody.
+            with contextlib.closing(self._results(on, pending, watcher, address)) as results:
+                for cell, result in results:
+                    store.put(cell, result)
+                    watcher.finished(cell, result)
             return {cell.key: status for cell in self.cells if (status := store.statuses().get(cell.key))}
 
     def pending(
@@ -205,7 +210,7 @@ class Study:
 
     def _results(
         self, on: Where, pending: Sequence[Cell], watcher: Watcher, address: str | None
-    ) -> Iterator[tuple[Cell, Result]]:
+    ) -> Generator[tuple[Cell, Result]]:
         if on == "ray":
             from sparing.study.on_ray import run_on_ray
 
@@ -260,7 +265,9 @@ class Study:
             cells=[cell.key for cell in self.cells],
             labels={cell.key: cell.label for cell in self.cells},
         )
-        shutil.copyfile(self.spec.path, self.out / COPY)
+        copy = self.out / f".{COPY}.tmp"
+        shutil.copyfile(self.spec.path, copy)
+        copy.replace(self.out / COPY)
 
 
 def _steps_of(watcher: Watcher, cell: Cell) -> Progress:

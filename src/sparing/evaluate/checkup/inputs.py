@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparing.anatomy import anatomy_of
+from sparing.evaluate.pictures.prompts import processed, question_prompt
 from sparing.execute.batches import split_rows
 
 TEXT = (
@@ -161,9 +162,4 @@ def _processed(processor: Any, question: str, count: int, draw: np.random.Genera
     pictures = [
         Image.fromarray(draw.integers(0, 256, (112, 112 + 56 * (i % 2), 3), dtype=np.uint8)) for i in range(count)
     ]
-    if getattr(processor, "chat_template", None):
-        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    else:
-        prompt = f"{getattr(processor, 'image_token', '<image>')}\n" * count + question
-    return dict(processor(text=[prompt], images=[pictures], return_tensors="pt"))
+    return processed(processor, question_prompt(processor, question, count), pictures)

@@ -16,6 +16,7 @@ def known_tasks() -> Mapping[str, type[Task]]:
     from sparing.evaluate.tasks.generation import GenerationTask
     from sparing.evaluate.tasks.harness import ChoiceTask, HarnessTask
     from sparing.evaluate.tasks.lmms import LmmsTask
+    from sparing.evaluate.tasks.patch_benchmark import PatchBenchmarkTask
     from sparing.evaluate.tasks.perplexity import PerplexityTask
     from sparing.evaluate.tasks.scene_lens import SceneLensTask
     from sparing.evaluate.tasks.scene_transplant import SceneTransplantTask
@@ -30,6 +31,7 @@ def known_tasks() -> Mapping[str, type[Task]]:
         "speed": SpeedTask,
         "lmms": LmmsTask,
         "scenes": ScenesTask,
+        "patch_benchmark": PatchBenchmarkTask,
         "scene_lens": SceneLensTask,
         "scene_transplant": SceneTransplantTask,
     }

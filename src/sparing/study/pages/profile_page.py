@@ -1,4 +1,4 @@
-"""The profile's `report.html`: one file that asks for nothing, with the ledger painted over the text."""
+"""The profile's `report.html`: one file that asks for nothing, with the ledger painted over the text, or over pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from sparing.study.pages import profile_charts as charts
 from sparing.study.pages.document import page_environment, write_page
+from sparing.study.pages.profile_pictures import picture_view
 
 PARTS = {
     "attention_projections": ("attention: Q and O", "a"),
@@ -20,68 +21,121 @@ PARTS = {
     "encoder": ("vision encoder", "g"),
 }
 MODULE_NAMES = {"attention": "attention", "mlp": "MLP"}
+IMAGE_NAMES = {"image_attention": "attention", "image_mlp": "MLP", "image_read": "read"}
 
 
-def write_report(figures: Mapping[str, Any], run: Mapping[str, Any], path: Path) -> None:
+def write_report(
+    figures: Mapping[str, Any],
+    run: Mapping[str, Any],
+    path: Path,
+    *,
+    pictures: Mapping[str, str] | None = None,
+    links: Mapping[str, str] | None = None,
+) -> None:
     """Write the report so that `path` holds all of it or what it held before.
 
     Args:
         figures: `Profile.as_dict()`, or the `figures` of a profile's `run.json`.
         run: the run's record: command, versions, hardware.
         path: the `.html` file.
+        pictures: what `PictureMaterial.shown` found; without them their grids are painted alone.
+        links: other pages to name: words -> address.
     """
-    write_page(render(figures, run), path)
+    write_page(render(figures, run, pictures=pictures, links=links), path)
 
 
-def render(figures: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """The report as HTML. Everything that comes from a model or a text is escaped."""
+def render(
+    figures: Mapping[str, Any],
+    run: Mapping[str, Any],
+    *,
+    pictures: Mapping[str, str] | None = None,
+    links: Mapping[str, str] | None = None,
+) -> str:
+    """The report as HTML. Everything that comes from a model, a text or a file name is escaped."""
     # Through JSON, so that a fresh profile and one read from run.json are the same.
     f = json.loads(json.dumps(figures, default=str))
     modules, entries = _layers(f["modules"]), _layers(f["entries"])
-    most = max([charts.QUIET, *(v for rows in (modules, entries) for row in rows.values() for v in row.values())])
-    plan = f["planned"]["plan"]
-    painting, depth = f["painting"], f["model"]["layers"]
-    strongest = max(
-        [0.5, *(abs(b - a) for a, b in zip(painting["dense"], painting["planned"], strict=True) if a is not None)]
+    reading = {"added loss": {len(p["plan"]["image_attention"]): p["added"][0] for p in f["reading"]}}
+    most = max(
+        [charts.QUIET, *(v for rows in (modules, entries, reading) for row in rows.values() for v in row.values())]
     )
-    shares = [sum(p[m].count("3") for m in MODULE_NAMES) / (2 * depth) for p in painting["patterns"]]
+    plan = f["planned"]["plan"]
     environment = page_environment()
     environment.filters.update(nats=charts.nats, count=_count, size=_size, digits=_digits)
+
+    def module_map(names: Mapping[str, str]) -> dict[str, Any]:
+        return charts.heat_map(
+            {label: modules[m] for m, label in names.items()},
+            {label: set(plan[m]) for m, label in names.items()},
+            most=most,
+        )
+
+    page = picture_view(f, pictures or {}) if f["pictures"] else _text_view(f)
     return environment.get_template("profile.html.j2").render(
         f=f,
         run=run,
         run_json=json.dumps({k: v for k, v in run.items() if k != "figures"}, indent=2, default=str),
-        module_map=charts.heat_map(
-            {MODULE_NAMES[m]: row for m, row in modules.items()},
-            {MODULE_NAMES[m]: set(plan[m]) for m in modules},
-            most=most,
-        ),
+        links=dict(links or {}),
+        module_map=module_map(MODULE_NAMES),
+        image_map=module_map(IMAGE_NAMES) if f["pictures"] else None,
         entry_map=charts.heat_map(entries, {kind: {layer} for kind, layer in plan["entry"].items()}, most=most),
+        reading_map=charts.heat_map(reading, {}, most=most) if f["reading"] else None,
         legend=charts.legend(most),
         pareto=charts.pareto(f["path"], f["controls"], f["settings"]["budget"], f["dense"]["held_out"]),
         bars=charts.bars(f["flops"]),
         part_names=PARTS,
         speeds=charts.speeds(f["timings"]),
         sentence=plan_in_words(plan),
-        tokens=_tokens(painting, shares, strongest),
-        shares=shares,
         total={arm: sum(parts.values()) for arm, parts in f["flops"].items()},
+        **page,
     )
+
+
+def _text_view(f: Mapping[str, Any]) -> dict[str, Any]:
+    """The painted page: its tokens, their shares of modules run, and what its script reads."""
+    painting, depth = f["painting"], f["model"]["layers"]
+    strongest = max(
+        [0.5, *(abs(b - a) for a, b in zip(painting["dense"], painting["planned"], strict=True) if a is not None)]
+    )
+    shares = [sum(p[m].count("3") for m in MODULE_NAMES) / (2 * depth) for p in painting["patterns"]]
+    tokens = _tokens(painting, shares, strongest)
+    data = {"layers": depth, "patterns": painting["patterns"], "tokens": tokens}
+    return {"tokens": tokens, "shares": shares, "data": data}
 
 
 def plan_in_words(plan: Mapping[str, Any]) -> str:
     """What a plan leaves out, as a phrase."""
     said = [
-        f"{name} in layer{'s' * (len(plan[module]) > 1)} {_runs(plan[module])}"
+        f"{name} in {_in_layers(plan[module])}"
         for module, name in (("attention", "attention"), ("mlp", "the MLP"))
         if plan[module]
     ]
-    phrase = "leaves out " + " and ".join(said) if said else ""
-    late = [f"lets {_KIND_WORDS[kind]} enter at layer {layer}" for kind, layer in plan["entry"].items()]
-    return ", ".join(filter(None, [phrase, *late])) or "leaves out nothing"
+    phrases = ["leaves out " + " and ".join(said)] if said else []
+    said = [
+        f"{name} {_in_layers(plan[module])}"
+        for module, name in (("image_attention", "attention in"), ("image_mlp", "the MLP in"))
+        if plan.get(module)
+    ]
+    if said:
+        phrases.append("lets image tokens skip " + " and ".join(said))
+    if plan.get("image_read"):
+        whom = "them" if said else "image tokens"
+        phrases.append(f"hides {whom} from attention in {_in_layers(plan['image_read'])}")
+    phrases += [f"lets {_KIND_WORDS[kind]} enter at layer {layer}" for kind, layer in plan["entry"].items()]
+    return ", ".join(phrases) or "leaves out nothing"
 
 
-_KIND_WORDS = {"first": "the first token", "digits": "digits", "letters": "letters", "signs": "signs"}
+_KIND_WORDS = {
+    "first": "the first token",
+    "digits": "digits",
+    "letters": "letters",
+    "signs": "signs",
+    "image": "pictures",
+}
+
+
+def _in_layers(layers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(layers) > 1)} {_runs(layers)}"
 
 
 def _runs(layers: Sequence[int]) -> str:

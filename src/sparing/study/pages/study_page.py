@@ -284,9 +284,12 @@ def environments_of(cells: Sequence[Stored]) -> dict[str, Any]:
     """What all cells ran on alike, and what differs between them.
 
     Returns:
-        `same`: name -> value; `differing`: name -> value -> how many cells; `timed`: do cells differ that measured seconds?
+        `same`: name -> value; `differing`: name -> value -> how many cells; `nodes`: node of a cluster -> how many cells;
+        `timed`: do cells differ that measured seconds?
     """
-    flat = [(_flat(cell.result.environment), cell) for cell in cells]
+    nodes = Counter(cell.result.environment["node"] for cell in cells if "node" in cell.result.environment)
+    # Another machine of the same kind is no other set-up.
+    flat = [(_flat({k: v for k, v in cell.result.environment.items() if k != "node"}), cell) for cell in cells]
     names = list(dict.fromkeys(name for found, _ in flat for name in found))
     same, differing = {}, {}
     for name in names:
@@ -301,7 +304,7 @@ def environments_of(cells: Sequence[Stored]) -> dict[str, Any]:
         if cell.result.outcome
         and any("seconds" in f.unit or "speed-up" in n for n, f in cell.result.outcome.figures.items())
     ]
-    return {"same": same, "differing": differing, "timed": len(set(clocked)) > 1}
+    return {"same": same, "differing": differing, "nodes": dict(nodes), "timed": len(set(clocked)) > 1}
 
 
 def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
