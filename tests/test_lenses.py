@@ -11,7 +11,8 @@ import sparing
 from models import CASES as BOTH
 from models import TEXT_FAMILIES, llama, llava, llava_batch, text_batch, text_family
 from processors import CASES, family, inputs, tokenizer
-from sparing.lens import Recording, embedding_lens, find_words, logit_lens, record
+from sparing.lens import Recording, embedding_lens, find_words, logit_lens, record, screened
+from sparing.lens.nearest import Best
 from sparing.tokens import Group, TokenMap
 from vision_models import FAMILIES
 
@@ -147,7 +148,7 @@ def test_ties_go_to_the_lower_id():
             assert torch.equal(embedding_lens(model, seen, k=k, chunk=chunk).ids[0], expected)
 
 
-def test_half_precision_is_compared_without_rounding():
+def test_half_precision_is_compared_in_float32():
     model = copy.deepcopy(llava()).to(torch.bfloat16)
     batch = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in llava_batch("left").items()}
     seen = record(model, batch, where=Group.IMAGE)
@@ -156,6 +157,54 @@ def test_half_precision_is_compared_without_rounding():
         reading = embedding_lens(model, seen, k=5, variant=variant)
         assert reading.scores.dtype == torch.float32
         agrees(reading, naive(model, seen.states, variant), 5)
+
+
+def wide(words, d=64):
+    """A model with many words and none of the rest, and states on which bf16 alone would go wrong."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(llama().config)
+    config.vocab_size, config.hidden_size = words, d
+    model = type(llama())(config).eval()
+    table = model.get_input_embeddings().weight.data
+    table[: words // 2] = torch.randn(words // 2, d)
+    # Words in tight bunches, equal ones among them: far closer to each other than bf16 can tell.
+    table[words // 2 :] = torch.randn(words // 100, d).repeat_interleave(50, 0) + 1e-4 * torch.randn(words // 2, d)
+    table[words // 2 : words // 2 + 40] = table[words // 2]
+    tokens = TokenMap.from_groups(torch.ones(1, 60))
+    states = torch.randn(2, 60, d) + 3 * table[torch.randint(words, (2, 60))]
+    states[0, 0], states[0, 1] = table[words // 2], 0
+    index = torch.stack([torch.zeros(60, dtype=torch.long), torch.arange(60)], 1)
+    return model, Recording(tokens, (0, 1), index, states, None, 3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_screened_in_bf16_is_what_float32_finds(variant, monkeypatch):
+    model, seen = wide(4000)
+    plain = embedding_lens(model, seen, variant=variant, k=5)
+    found, unproven = screened.find, []
+    monkeypatch.setattr(screened, "pays", lambda device: True)
+    monkeypatch.setattr(screened, "find", lambda *given: unproven.append(found(*given)) or unproven[-1])
+    for chunk in (100, 1024, 4000):
+        reading = embedding_lens(model, seen, variant=variant, k=5, chunk=chunk)
+        assert torch.allclose(reading.scores, plain.scores, atol=2e-6)
+        agrees(reading, naive(model, seen.states, variant), 5)
+    share = torch.stack(unproven).float().mean()
+    assert 0.1 < share < 0.9, "some were proven, and some could not be"
+    if variant == "cosine":
+        assert torch.equal(reading.ids[0, 0], torch.arange(2000, 2005)), "ties go to the lower id"
+        assert torch.equal(reading.ids[0, 1], torch.arange(5)), "zeros tie with everything"
+
+
+def test_the_bound_of_the_screen_holds():
+    model, seen = wide(4000)
+    unit = F.normalize(seen.states.flatten(0, 1), dim=-1)
+    words = F.normalize(model.get_input_embeddings().weight.data, dim=-1)
+    best = Best(len(unit), 5, unit.device)
+    left = screened.find(best, unit, lambda: iter([(torch.arange(4000), words)]), lambda ids: words[ids])
+    true = (unit @ words.T).topk(5).values
+    assert torch.allclose(best.scores[~left], true[~left], atol=2e-6)
+    # Without the bound it would have been wrong somewhere.
+    assert not torch.allclose((unit.bfloat16() @ words.bfloat16().T).float().topk(5).values, true, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

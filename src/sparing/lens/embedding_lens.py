@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,18 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sparing.anatomy import Anatomy, anatomy_of
-from sparing.lens.nearest import (
-    HALF,
-    ROWS,
-    WORDS,
-    Best,
-    directions,
-    lengths_of,
-    mean_word,
-    parts,
-    product,
-    rows,
-)
+from sparing.lens import screened
+from sparing.lens.nearest import ROWS, WORDS, Best, directions, mean_word, parts, rows
 from sparing.lens.record import Recording
 from sparing.lens.words import WordReading, chosen_words, read_states
 from sparing.tokens import Group
@@ -56,7 +46,8 @@ def embedding_lens(
       everything lose.
 
     `centred` and `csls` look at all tokens that are read together, so read many: their scores change with what else is in the batch.
-    `vocabulary` only says which words may be named; no score depends on it. A vector of zeros has cosine 0 to everything.
+    `vocabulary` only says which words may be named; no score depends on it. A vector of zeros has cosine 0 to everything. All is
+    compared in float32; where hardware multiplies bf16 faster, candidates are found in it and proven in float32.
 
     Args:
         model: a Hugging Face model of a known family.
@@ -185,28 +176,26 @@ class _Sides:
 
     def cosine(self, best: Best, ids: Tensor | None, chunk: int) -> None:
         """Each part of the vocabulary once, against all levels and tokens."""
-        table = self.anatomy.model.get_input_embeddings().weight
-        if self.state_centre is None and self.raw.dtype in HALF and table.dtype == self.raw.dtype:
-            return self._halves(best, ids, chunk)
         unit = torch.empty(self.raw.shape, device=self.raw.device)
         for level in range(len(unit)):
             unit[level] = self.states(level)
         unit = unit.flatten(0, 1)
-        for part, vectors in parts(self.anatomy, ids, chunk):
-            words, part = self.words(vectors), part.to(unit.device)
-            for at in rows(len(unit)):
-                best.add(at, unit[at] @ words.T, part)
-        return None
 
-    def _halves(self, best: Best, ids: Tensor | None, chunk: int) -> None:
-        """The same in half precision: both sides as they are, products summed in float32, lengths divided out afterwards."""
-        states = self.raw.flatten(0, 1)
-        for part, vectors in parts(self.anatomy, ids, chunk):
-            vectors, part = vectors.to(states), part.to(states.device)
-            lengths = lengths_of(vectors)
-            for at in rows(len(states)):
-                best.add(at, product(states[at], vectors) / lengths, part)
-        best.scores /= lengths_of(states)[:, None]
+        def words() -> Iterator[tuple[Tensor, Tensor]]:
+            for part, vectors in parts(self.anatomy, ids, chunk):
+                yield part.to(unit.device), self.words(vectors)
+
+        among = self.anatomy.vocabulary if ids is None else len(ids)
+        if among > 4 * screened.candidates(best.ids.shape[1]) and screened.pays(unit.device):
+            table = self.anatomy.model.get_input_embeddings().weight
+            left = screened.find(best, unit, words, lambda some: self.words(self.anatomy.embed(some.to(table.device))))
+            if not bool(left.any()):
+                return
+            rest = Best(int(left.sum()), best.ids.shape[1], unit.device)
+            _compare(rest, unit[left], words())
+            best.scores[left], best.ids[left] = rest.scores, rest.ids
+        else:
+            _compare(best, unit, words())
 
     def csls(self, best: Best, ids: Tensor | None, chunk: int) -> None:
         """Level by level: a word's neighbours are the states of one level, all of which it must meet at once."""
@@ -221,3 +210,10 @@ class _Sides:
                 hub = cosine.topk(min(NEIGHBOURS, n), dim=0).values.mean(0)
                 best.add(at, 2 * cosine - hub, part.to(unit.device))
         best.scores -= near.scores.mean(-1, keepdim=True)
+
+
+def _compare(best: Best, unit: Tensor, words: Iterator[tuple[Tensor, Tensor]]) -> None:
+    """All words with all states, in float32."""
+    for part, vectors in words:
+        for at in rows(len(unit)):
+            best.add(at, unit[at] @ vectors.T, part)

@@ -14,7 +14,6 @@ ROWS = 2048
 """States that meet a part of the vocabulary at a time."""
 WORDS = 4096
 """Words a part, by default."""
-HALF = (torch.bfloat16, torch.float16)
 
 
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -43,16 +42,21 @@ class Best:
         states: how many states.
         k: how many words of each.
         device: of the scores.
+        lowest_first: the lower id comes first where scores tie; `False` leaves it open which one does, and is faster.
     """
 
-    def __init__(self, states: int, k: int, device: torch.device) -> None:
+    def __init__(self, states: int, k: int, device: torch.device, *, lowest_first: bool = True) -> None:
+        self.lowest_first = lowest_first
         self.scores = torch.full((states, k), float("-inf"), device=device)
         self.ids = torch.zeros((states, k), dtype=torch.long, device=device)
 
     def add(self, at: slice, scores: Tensor, ids: Tensor) -> None:
         """More words `[w]` for the states `at`, with their scores `[m w]`."""
         k = self.ids.shape[1]
-        values, columns = largest(scores, k)
+        if self.lowest_first:
+            values, columns = largest(scores, k)
+        else:
+            values, columns = scores.topk(min(k, scores.shape[1]), sorted=False)
         # Earlier ids stand in front, and a stable sort leaves them there where scores tie.
         values = torch.cat([self.scores[at], values], 1)
         found = torch.cat([self.ids[at], ids[columns]], 1)
@@ -99,15 +103,3 @@ def mean_word(anatomy: Anatomy) -> Tensor:
 def directions(vectors: Tensor) -> Tensor:
     """Vectors `[... d]` at length one; zeros stay zeros."""
     return F.normalize(vectors, dim=-1, eps=1e-30)
-
-
-def lengths_of(vectors: Tensor) -> Tensor:
-    """Euclidean norms in float32, `[... d]` -> `[...]`; never zero, so that they can be divided by."""
-    return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).clamp(min=1e-30)
-
-
-def product(states: Tensor, words: Tensor) -> Tensor:
-    """`[m d]` and `[w d]` -> `[m w]` in float32, from half precision without rounding the result."""
-    if states.is_cuda:
-        return torch.mm(states, words.T, out_dtype=torch.float32)
-    return states.float() @ words.float().T
