@@ -220,6 +220,7 @@ def patch_benchmark(
     made = make_items(items, geometry, wording, seed=seed, groups=groups)
     views = _Views(model, processor, geometry)
     tokens = tuple(views.tokens(item) for item in made)
+    levels = None if levels is None else tuple(levels)
     asked = [(place, item.question) for place, item in enumerate(made)] if generate else []
     asked += [(place, item.identify) for place, item in enumerate(made) if generate and item.identify]
     passes = len(asked) + lens * len(made)
@@ -311,7 +312,8 @@ class _Views:
     def _seen(self, changed: Tensor) -> Tensor:
         """Without the scaled-down views of the whole picture."""
         changed = changed.clone()
-        changed[list(self.geometry.overviews)] = False
+        for tile in self.geometry.overviews:
+            changed[tile] = False
         return changed
 
 

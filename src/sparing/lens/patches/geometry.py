@@ -160,7 +160,7 @@ def _checked(model: nn.Module, processor: Any, size: tuple[int, int], cell: tupl
     own = found[:, ~overviews]
     if bool((own.sum((2, 3)) > 1).any()) or not bool(own.any((1, 2, 3)).all()):
         raise ValueError("the pixels of one cell reach several tokens, or none")
-    if len(own.flatten(1).unique(dim=0)) < len(probes):
+    if len(own.flatten(1).int().unique(dim=0)) < len(probes):
         raise ValueError("several cells are in one token")
     base.places(found[0])
     return Geometry(size, cell, tuple(overviews.nonzero().flatten().tolist()))

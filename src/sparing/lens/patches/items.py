@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -197,4 +196,6 @@ def _mask(kind: str, width: int, height: int) -> Image.Image:
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     # The font that comes with matplotlib, so that characters look the same everywhere.
+    import matplotlib
+
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono-Bold.ttf", size)
