@@ -37,8 +37,8 @@ class Wording:
     ask_colour: str
     ask_count: str
     ask_character: str
-    plurals: Mapping[str, str] = MappingProxyType({})
-    same: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    plurals: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    same: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def plural(self, word: str) -> str:
         """Several of it."""
