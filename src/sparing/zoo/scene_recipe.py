@@ -193,6 +193,17 @@ SCENES_LLAVA = SceneRecipe(
             turns=0.1,
             weights=(0.8, 0.8, 0.9, 4.0, 0.2, 0.3, 4.0, 1.5, 0.8, 2.5, 0.4),
         ),
+        # Counts and words are learnt last.
+        Stage(
+            goal="reading",
+            steps=900,
+            rows=6,
+            questions=12,
+            lr=1e-3,
+            cooldown=0.6,
+            turns=0.1,
+            weights=(0.6, 0.6, 0.8, 2.5, 0.1, 0.2, 6.0, 1.5, 0.8, 3.5, 0.2),
+        ),
     ),
     # shape colour letter cell background behind count relation point word blind
     weights=(1.0, 0.8, 2.5, 1.5, 0.2, 0.3, 1.5, 2.5, 2.0, 3.0, 0.3),
