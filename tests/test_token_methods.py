@@ -54,6 +54,14 @@ def test_a_class_becomes_a_policy_for_its_tokens(shipped, classes):
         TokenClass(classes=("sink",)).prepare(shipped, seed=0)
 
 
+def test_classes_by_words(shipped, classes):
+    made = TokenClass(classes=("dead",), words={"dead": ("nothing",)}).prepare(shipped, seed=0).subject.policies[0]
+    assert made.where.profile.rule == "words"
+    assert made.where.profile.words == {"dead": (shipped.tokenizer.convert_tokens_to_ids("nothing"),)}
+    with pytest.raises(NotApplicable, match="no word 'xyzzy'"):
+        TokenClass(classes=("dead",), words={"dead": ("xyzzy",)}).prepare(shipped, seed=0)
+
+
 def test_ablations_by_group_and_by_class(shipped, classes):
     cut = Ablation(do="knock_out", arguments={"queries": "IMAGE", "keys": "IMAGE", "renormalise": True})
     assert not cut.seeded

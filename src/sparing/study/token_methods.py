@@ -39,24 +39,28 @@ class _OnTokens(Method):
 
     Attributes:
         classes: `sink`, `vit_sink`, `llm_sink`, `dead`, `alive`; all picture tokens without any.
-        control: take as many others instead: `random`, drawn by the cell's seed, or `background`.
+        control: take as many others instead: `random` or `uniform`, drawn by the cell's seed, or `background`; see `OfClass`.
         inverse: take all but these.
         rule: how classes are told, see `token_classes`.
+        words: class -> words of the vocabulary: tell classes by these instead, found or not (EmbedLens' rule).
+        top: how many of a token's nearest words are looked at for `words`.
         pictures: a folder of pictures to find them on; scenes of the validation split by default.
         found_on: how many pictures.
     """
 
     classes: tuple[str, ...] = ()
-    control: Literal["random", "background"] | None = None
+    control: Literal["random", "uniform", "background"] | None = None
     inverse: bool = False
     rule: Literal["anchors", "release"] = "anchors"
+    words: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    top: int = 1
     pictures: Path | None = None
     found_on: int = 48
 
     @property
     def seeded(self) -> bool:
         """A random control is."""
-        return self.control == "random"
+        return self.control in ("random", "uniform")
 
     def check(self) -> None:
         """The folder must hold pictures."""
@@ -80,6 +84,12 @@ class _OnTokens(Method):
         profile = profile_of(subject, self.pictures, self.found_on, self.rule)
         details = {"shares": dict(profile.shares), "notes": list(profile.notes)}
         try:
+            if self.words:
+                known = subject.tokenizer.get_vocab()
+                if strange := [word for words in self.words.values() for word in words if word not in known]:
+                    raise ValueError(f"the vocabulary has no word {strange[0]!r}")
+                named = {name: tuple(known[word] for word in words) for name, words in self.words.items()}
+                profile = profile.by_words(named, top=self.top)
             return OfClass(profile, self.classes, self.control, seed, inverse=self.inverse), details
         except ValueError as error:
             raise NotApplicable(str(error)) from error
