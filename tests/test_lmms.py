@@ -1,5 +1,6 @@
 """Tasks of lmms-eval: what the model is asked and answers, and the whole way through lmms-eval where an environment has it."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -53,8 +54,8 @@ def alone(subject, turns, new=6):
     return subject.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def answering(subject, run, batch=3):
-    return PictureAnswers(subject, Meter(run, subject.model), batch=batch)
+def answering(subject, run, batch=3, **settings):
+    return PictureAnswers(subject, Meter(run, subject.model), batch=batch, **settings)
 
 
 # The adapter ------------------------------------------------------------------------------------------------------------
@@ -91,7 +92,8 @@ def test_stop_strings_and_the_callers_own_tokenizer():
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_scores_of_a_batch_are_those_of_a_plain_forward(name):
+@pytest.mark.parametrize("two_pass", [False, True], ids=["one pass", "two passes"])
+def test_scores_of_a_batch_are_those_of_a_plain_forward(name, two_pass):
     subject = Subject(*cases.family(name), (SkipModules(attention=[1]),))
     ends = [" red", " a blue circle", " no", " black, I think"]
     asked = conversations()
@@ -109,12 +111,43 @@ def test_scores_of_a_batch_are_those_of_a_plain_forward(name):
         wanted.append(scores.gather(1, more.T).sum().item())
     with subject.applied() as run:
         given = [(lambda turns=turns: turns, end) for turns, end in zip(asked, ends, strict=True)]
-        found = answering(subject, run).score(given)
+        found = answering(subject, run, two_pass=two_pass).score(given)
         with pytest.raises(ValueError, match="a continuation of at least one token"):
             answering(subject, run).score([(lambda: asked[0], "")])
     torch.testing.assert_close([total for total, _, _ in found], wanted, atol=2e-4, rtol=0)
     assert [n for _, _, n in found] == [len(subject.tokenizer(e, add_special_tokens=False).input_ids) for e in ends]
     assert not any(greedy for _, greedy, _ in found)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_policy_that_is_not_causal_never_sees_what_is_scored(name):
+    """FastV chooses pictures' tokens by the conversation's last token, as when the model writes: an oracle token by token."""
+    subject = Subject(*cases.family(name), (FastV(1, 0.5),))
+    ends = [" red", " a blue circle", " no", " black, I think"]
+    asked = conversations()
+    wanted = []
+    with subject.applied(), torch.inference_mode():
+        for turns, end in zip(asked, ends, strict=True):
+            inputs = prompt(subject.processor, turns)
+            tokens = subject.tokenizer(end, add_special_tokens=False).input_ids
+            if name == "qwen2_5_vl":
+                # It remembers the positions of the last conversation with pictures.
+                subject.model.model.rope_deltas = None
+            out = subject.model(**inputs, use_cache=True)
+            total = float(out.logits[0, -1].log_softmax(-1)[tokens[0]])
+            for token, following in itertools.pairwise(tokens):
+                out = subject.model(
+                    input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True
+                )
+                total += float(out.logits[0, -1].log_softmax(-1)[following])
+            wanted.append(total)
+    given = [(lambda turns=turns: turns, end) for turns, end in zip(asked, ends, strict=True)]
+    scored = {}
+    for two_pass in (None, False):
+        with subject.applied() as run:
+            scored[two_pass] = [total for total, _, _ in answering(subject, run, two_pass=two_pass).score(given)]
+    torch.testing.assert_close(scored[None], wanted, atol=2e-4, rtol=0)
+    assert max(abs(a - b) for a, b in zip(scored[False], wanted, strict=True)) > 1e-3, "the test says nothing"
 
 
 def test_requests_become_conversations():

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparing.anatomy import anatomy_of
 from sparing.evaluate.task import NotApplicable, Subject
 from sparing.evaluate.tasks.metering import Batches, BatchSize, Meter
+from sparing.evaluate.tasks.two_pass import padded_rows
 from sparing.evaluate.tasks.writing import Written, write
 
 # One conversation: turns of a role and a list of contents, each a text or a picture, as chat templates take it.
@@ -29,15 +30,26 @@ class PictureAnswers:
         subject: the model, its processor, and policies; `meter.run` is the run that it is in.
         meter: is told what the passes took.
         batch: rows of a batch, or `auto`.
+        two_pass: score continuations after their conversation, from the cache, so that no policy decides with a look at them;
+            by default where a policy is not causal.
         tell: is told how many more conversations are done.
 
     Raises:
         NotApplicable: the checkpoint has no chat template, or is asked about pictures that it cannot see.
     """
 
-    def __init__(self, subject: Subject, meter: Meter, *, batch: BatchSize = "auto", tell: Tell | None = None) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        meter: Meter,
+        *,
+        batch: BatchSize = "auto",
+        two_pass: bool | None = None,
+        tell: Tell | None = None,
+    ) -> None:
         self.model: Any = subject.model
         self.meter = meter
+        self.two_pass = not meter.run.policy.causal if two_pass is None else two_pass
         tokenizer: Any = subject.tokenizer
         # Copies: padding is set to our own liking.
         self.processor: Any = copy.copy(subject.processor)
@@ -124,20 +136,48 @@ class PictureAnswers:
                 raise ValueError("expected a continuation of at least one token, got an empty one")
             for members, inputs in self._encoded([turns() for turns, _ in part]):
                 mine = [ends[i] for i in members]
-                longest = max(map(len, mine))
-                inputs = _extended(inputs, mine, self.tokenizer.pad_token_id)
-                self._most(inputs["input_ids"].shape[1] - 1, 1)
-                begin = self.meter.now()
-                logits: Tensor = self.model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits
-                self.meter.book(len(members), self.meter.now() - begin)
-                for i, row in zip(members, logits, strict=True):
-                    wanted = torch.tensor(ends[i], device=row.device)
-                    mine_only = row[-len(wanted) - 1 : -1]
-                    each = F.log_softmax(mine_only.float(), dim=-1).gather(1, wanted[:, None])
-                    found[i] = (float(each.sum()), bool((mine_only.argmax(-1) == wanted).all()), len(wanted))
+                scored = self._in_two_passes(inputs, mine) if self.two_pass else self._in_one_pass(inputs, mine)
+                for i, logits in zip(members, scored, strict=True):
+                    wanted = torch.tensor(ends[i], device=logits.device)
+                    each = F.log_softmax(logits.float(), dim=-1).gather(1, wanted[:, None])
+                    found[i] = (float(each.sum()), bool((logits.argmax(-1) == wanted).all()), len(wanted))
             return found
 
         return self._in_batches(asked, work)
+
+    def _in_one_pass(self, inputs: Mapping[str, Tensor], ends: Sequence[list[int]]) -> list[Tensor]:
+        """The logits that predict each row's continuation, `[tokens, vocabulary]`: conversation and continuation together."""
+        extended = _extended(inputs, ends, self.tokenizer.pad_token_id)
+        self._most(extended["input_ids"].shape[1] - 1, 1)
+        begin = self.meter.now()
+        logits: Tensor = self.model(**extended, logits_to_keep=max(map(len, ends)) + 1, use_cache=False).logits
+        self.meter.book(len(ends), self.meter.now() - begin)
+        return [row[-len(end) - 1 : -1] for row, end in zip(logits, ends, strict=True)]
+
+    def _in_two_passes(self, inputs: Mapping[str, Tensor], ends: Sequence[list[int]]) -> list[Tensor]:
+        """The same with the conversation alone first, and the continuation from the cache."""
+        self._most(inputs["input_ids"].shape[1] + max(map(len, ends)) - 1, 1)
+        begin = self.meter.now()
+        out = self.model(**inputs, logits_to_keep=1, use_cache=True)
+        middle = self.meter.now()
+        logits = list(out.logits)
+        if any(len(end) > 1 for end in ends):
+            # The last token is only predicted.
+            ids, new = padded_rows([end[:-1] for end in ends], "right", self.meter.device)
+            cache = out.past_key_values
+            # After pictures positions do not go on from the number of tokens, and models remember those of another batch.
+            known = cache.state.tokens.position_ids
+            last = known.amax(-1, keepdim=True).amax(tuple(range(known.ndim - 2)), keepdim=True)
+            later = self.model(
+                input_ids=ids,
+                attention_mask=torch.cat([inputs["attention_mask"], new], dim=1),
+                position_ids=(last + 1 + torch.arange(ids.shape[1], device=ids.device)).expand(*known.shape[:-1], -1),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            logits = [torch.cat([a, b[: len(end) - 1]]) for a, b, end in zip(logits, later, ends, strict=True)]
+        self.meter.book(len(ends), middle - begin, self.meter.now() - middle)
+        return logits
 
     def _in_batches(self, asked: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
         found = []

@@ -38,7 +38,7 @@ def score_in_two_passes(model: Any, meter: Meter, part: Sequence[Choices], rows:
         For each context, a score a continuation.
     """
     begin = meter.now()
-    ids, mask = _padded([context for context, _ in part], "left", meter.device)
+    ids, mask = padded_rows([context for context, _ in part], "left", meter.device)
     lengths = mask.sum(1)
     padded = bool((lengths < mask.shape[1]).any())
     out = model(
@@ -59,7 +59,7 @@ def score_in_two_passes(model: Any, meter: Meter, part: Sequence[Choices], rows:
         chunk = longer[start : start + rows]
         begin = meter.now()
         # The last token is only predicted.
-        ids, new = _padded([part[i][1][j][:-1] for i, j in chunk], "right", meter.device)
+        ids, new = padded_rows([part[i][1][j][:-1] for i, j in chunk], "right", meter.device)
         at = torch.tensor([i for i, _ in chunk], device=meter.device)
         masked = padded or not bool(new.all())
         logits = model(
@@ -84,8 +84,8 @@ def score_in_two_passes(model: Any, meter: Meter, part: Sequence[Choices], rows:
     return found
 
 
-def _padded(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask `[b t]`."""
+def padded_rows(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask `[b t]`, padded on the `left` or the `right`."""
     longest = max(map(len, rows))
     filled, mask = [], []
     for row in rows:
