@@ -271,13 +271,20 @@ def test_a_large_page_is_small_enough_and_there_at_once(pages):
     const start = performance.now();
     at("pointermove", 12, 12, 24, 24); slider.value = 20; slider.dispatchEvent(new Event("input"));
     input.value = "red"; input.dispatchEvent(new Event("input")); key(input, "Enter");
-    seen.took = performance.now() - start;
+    const then = performance.now();
+    let sum = 0;
+    for (let i = 0; i < 2e8; i++) sum = (sum * 31 + i) | 0;
+    seen.took = then - start; seen.loop = performance.now() - then; seen.sum = sum;
     """
-    # The best of three, in turns with a page that holds almost nothing: other tests share these cores.
-    large, small = zip(*((probe(path, program)[0], probe(pages["small"][0], "")[0]) for _ in range(3)), strict=True)
-    reference = min(seen["ready"] for seen in small)
-    assert min(seen["ready"] for seen in large) < max(1000, 5 * reference)
-    assert min(seen["took"] for seen in large) < max(300, 2 * reference)
+    # Other tests share these cores: beside the clock counts a loop in the same page, of 0.2 seconds where nothing else runs.
+    for _ in range(3):
+        seen, _ = probe(path, program)
+        slower = max(1.0, seen["loop"] / 200)
+        if seen["ready"] < 1000 * slower and seen["took"] < 300 * slower:
+            return
+    raise AssertionError(
+        f"there after {seen['ready']:.0f} ms, three acts took {seen['took']:.0f} ms, the loop {seen['loop']:.0f} ms"
+    )
 
 
 @pytest.mark.parametrize("width", [1280, 500])
