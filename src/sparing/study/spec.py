@@ -239,8 +239,9 @@ def read_study(path: Path, *, paths: Mapping[str, str | Path] | None = None, shr
     }
     for name, model in models.items():
         # A shrunk run takes a stand-in for what is not on this machine.
-        if not shrink and Path(model.path).is_absolute() and not Path(model.path).exists():
-            raise where.at(("models", name, "path"), f"the model's folder {model.path} does not exist")
+        for folder in [] if shrink else [model.of(seed).path for seed in file.seeds]:
+            if Path(folder).is_absolute() and not Path(folder).exists():
+                raise where.at(("models", name, "path"), f"the model's folder {folder} does not exist")
     where.shrink = shrink
     methods = _variants("methods", file.methods, where, _method)
     trainings = _variants("training", file.training, where, lambda use: _class("training", use, known_trainings()))
