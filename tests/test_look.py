@@ -371,7 +371,7 @@ def bad(folder):
         "no model": ([picture, "--model", "/nowhere"], "no such path: /nowhere"),
         "no pictures": ([picture, "--pictures", folder / "nowhere"], "no such folder"),
         "too few pictures": ([picture, "--pictures", few], "at least 8"),
-        "out is a file": ([picture, "--out", folder / "file"], "is a file; name a folder"),
+        "out is a file": ([picture, "--out", folder / "file"], "is a file"),
         "too long": ([picture, "--question", "what " * 500], "does not fit into the model's 512"),
     }
 
