@@ -46,7 +46,7 @@ def demo(
     torch.set_num_threads(1)
     settings = Settings(seed=seed)
     if quick:
-        settings = dataclasses.replace(settings.quick(), batches=(1,))
+        settings = dataclasses.replace(settings.quick(), max_tokens=1024, batches=(1,))
 
     def on_text(model: nn.Module, tokenizer: Any) -> Material:
         page = zoo.page("arithmetic")
