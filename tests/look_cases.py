@@ -4,8 +4,8 @@ import numpy as np
 from PIL import Image
 
 from sparing.evaluate.answering import Answer, Arm
-from sparing.evaluate.grids import SeenPicture
 from sparing.evaluate.looking import LensWords, Look, TokenClasses, WordMaps
+from sparing.evaluate.pictures.grids import SeenPicture
 
 HOSTILE = "</script><img src=x onerror=\"document.body.dataset.ran='yes'\">"
 RUN = {"command": "sparing look", "started": "2026-01-01", "hardware": {"cpu": "none", "threads": 1, "gpus": []}}

@@ -18,7 +18,7 @@ from sparing.anatomy.fingerprint import fingerprint_of
 from sparing.cli import main
 from sparing.evaluate import looking
 from sparing.evaluate.looking import look
-from sparing.evaluate.picture_files import (
+from sparing.evaluate.pictures.files import (
     OpenedPicture,
     demo_picture,
     drawn_pictures,

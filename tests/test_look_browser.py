@@ -3,20 +3,15 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 from PIL import Image
 
 import look_cases as cases
+from browsing import browse, in_a_browser
 from sparing.study.pages.look_page import write_look
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium"),
-]
+pytestmark = in_a_browser
 
 # What a reader would do, and what came of it, as an attribute that --dump-dom shows. `at` sends a pointer to a cell.
 PROBE = """
@@ -44,11 +39,6 @@ document.body.dataset.probe = JSON.stringify(seen);
 }
 </script>
 """
-
-
-def browse(page, *flags):
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *flags, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
 @pytest.fixture(scope="module")

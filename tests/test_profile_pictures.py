@@ -10,12 +10,13 @@ import torch.nn.functional as F
 
 import picture_cases as cases
 import processors
-from sparing.anatomy import anatomy_of
+from sparing.anatomy import anatomy_of, question_prompt
 from sparing.evaluate import PictureMaterial, PictureQuestion, Profiler, Removal, read_questions
 from sparing.evaluate.loss import measure_batches
 from sparing.evaluate.measurements import Measurements
-from sparing.evaluate.pictures.prompts import PicturePrompts, question_prompt
-from sparing.evaluate.pictures.questions import open_picture, split_questions
+from sparing.evaluate.pictures.files import open_picture
+from sparing.evaluate.pictures.prompts import PicturePrompts
+from sparing.evaluate.pictures.questions import split_questions
 from sparing.evaluate.pictures.seeing import data_uri, shown
 from sparing.execute import apply
 from sparing.policies import ViCA
@@ -52,7 +53,7 @@ def plain_losses(model, processor, asked):
     prompts, losses = PicturePrompts(model, processor), []
     for question in asked:
         text = question_prompt(processor, question.question, len(question.pictures))
-        pictures = [open_picture(path) for path in question.pictures]
+        pictures = [open_picture(path).image for path in question.pictures]
         row = dict(processor(text=[text], images=[pictures], return_tensors="pt"))
         answer = torch.tensor([prompts.answer_ids(question.question, len(pictures), question.answer)])
         row["input_ids"] = torch.cat([row["input_ids"], answer], dim=1)
@@ -199,9 +200,9 @@ def test_the_page_shows_what_the_encoder_was_shown(asked):
     model, processor = processors.family("llava")
     material = PictureMaterial(model, processor, asked)
     wide = next(each for each in material._asked if each.question.pictures[0].name == "p3.png")
-    (seen,) = shown(processor, wide.prompt, 1, [open_picture(wide.question.pictures[0])])
+    (seen,) = shown(processor, wide.prompt, 1, [open_picture(wide.question.pictures[0]).image])
     # The shortest edge becomes 30, and the middle is cut out.
-    picture = open_picture(wide.question.pictures[0])
+    picture = open_picture(wide.question.pictures[0]).image
     width, height = picture.size
     scaled = picture.resize((int(width * 30 / height), 30), 3)
     left = (scaled.size[0] - 30) // 2

@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 from PIL import Image
@@ -11,14 +9,11 @@ from PIL import Image
 import picture_cases
 import processors
 import profile_cases as cases
+from browsing import browse, in_a_browser
 from sparing.evaluate import PictureMaterial, Profiler, profile, read_questions
 from sparing.study import write_report
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium"),
-]
+pytestmark = in_a_browser
 
 # Appended to the page: what a reader would do, and what came of it, as attributes that --dump-dom shows.
 PROBE = """
@@ -42,11 +37,6 @@ document.body.dataset.probe = JSON.stringify({
 }
 </script>
 """
-
-
-def browse(page, *flags):
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *flags, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 import study_results_cases as cases
+from browsing import BROWSER, in_a_browser
 from sparing.study.pages import write_study_report
 from sparing.study.results import read_results
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium"),
-]
+pytestmark = in_a_browser
 
 
 @pytest.fixture(scope="module")

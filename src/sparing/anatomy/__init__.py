@@ -1,6 +1,6 @@
 """Where things are in each model family. The only room that names Hugging Face model classes."""
 
-from sparing.anatomy.asking import ask
+from sparing.anatomy.asking import ask, processed, question_prompt, user_turn
 from sparing.anatomy.base import Anatomy
 from sparing.anatomy.llama import LlamaAnatomy
 from sparing.anatomy.llava import LlavaAnatomy
@@ -22,4 +22,7 @@ __all__ = [
     "known_families",
     "load",
     "load_as",
+    "processed",
+    "question_prompt",
+    "user_turn",
 ]

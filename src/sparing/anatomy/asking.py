@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from sparing.anatomy.registry import anatomy_of
+
+
+def question_prompt(processor: Any, question: str, pictures: int) -> str:
+    """The text of a prompt with its pictures first: by the chat template, else placeholders and the question."""
+    if not getattr(processor, "chat_template", None):
+        return f"{getattr(processor, 'image_token', '<image>')}\n" * pictures + question
+    return processor.apply_chat_template([user_turn(question, pictures)], add_generation_prompt=True)
+
+
+def user_turn(question: str, pictures: int) -> dict[str, Any]:
+    """A turn of a chat: pictures, then the question."""
+    content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question}]
+    return {"role": "user", "content": content}
+
+
+def processed(
+    processor: Any, prompts: Sequence[str], pictures: Sequence[Sequence[Image]], **more: Any
+) -> Mapping[str, Any]:
+    """What the processor makes of prompts, a batch; `more` goes to it (padding)."""
+    given: dict[str, Any] = {"text": list(prompts), "return_tensors": "pt", **more}
+    bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
+    if bos and all(prompt.startswith(bos) for prompt in prompts):
+        # The template has written the begin token already.
+        given["add_special_tokens"] = False
+    if any(pictures):
+        given["images"] = [list(row) for row in pictures]
+    return processor(**given)
 
 
 def ask(
@@ -45,33 +71,19 @@ def ask(
     sign = getattr(processor, "image_token", "<image>")
     if strange := next((question for question in questions if sign in question), None):
         raise ValueError(f"{sign!r} stands in the question {strange[:60]!r}: leave it out, pictures are put in front")
-    # A copy, for the padding side is set.
-    tokenizer = copy.deepcopy(processor.tokenizer)
-    tokenizer.padding_side = "left"
-    processor = copy.copy(processor)
-    processor.tokenizer = tokenizer
-    if getattr(processor, "chat_template", None):
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [*({"type": "image"} for _ in row), {"type": "text", "text": question}]}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for question, row in zip(questions, pictures, strict=True)
-        ]
-    else:
-        texts = [f"{sign}\n" * len(row) + question for question, row in zip(questions, pictures, strict=True)]
-    given: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
-    if tokenizer.bos_token is not None and all(text.startswith(tokenizer.bos_token) for text in texts):
-        # The template has written the begin token already.
-        given["add_special_tokens"] = False
-    if any(pictures):
-        given["images"] = [[picture.convert("RGB") for picture in row] for row in pictures]
+    texts = [question_prompt(processor, question, len(row)) for question, row in zip(questions, pictures, strict=True)]
+    made = processed(
+        processor,
+        texts,
+        [[picture.convert("RGB") for picture in row] for row in pictures],
+        padding=True,
+        padding_side="left",
+    )
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     found = {
         name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-        for name, tensor in processor(**given).items()
+        for name, tensor in made.items()
         if isinstance(tensor, Tensor)
     }
     length, room = found["input_ids"].shape[1], anatomy.text_config.max_position_embeddings

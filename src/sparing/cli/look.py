@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparing.evaluate.looking import Look
-    from sparing.evaluate.picture_files import OpenedPicture
+    from sparing.evaluate.pictures.files import OpenedPicture
     from sparing.tokens import TokenProfile
 
 PROFILE = "token_profile.json"
@@ -70,7 +70,7 @@ def look(
     from sparing.cli.profile import check_out
     from sparing.cli.record import RunRecord
     from sparing.evaluate.looking import look as gather
-    from sparing.evaluate.picture_files import demo_picture, neutral_question, open_picture, pictures_in
+    from sparing.evaluate.pictures.files import demo_picture, neutral_question, open_picture, pictures_in
     from sparing.study.pages.look_page import write_look
     from sparing.tokens import TokenProfile
 
@@ -143,7 +143,7 @@ def _find(
     on_step: Callable[[str], None],
 ) -> tuple[TokenProfile, str]:
     """Find the model's token profile; and what it was found on, in words."""
-    from sparing.evaluate.picture_files import drawn_pictures
+    from sparing.evaluate.pictures.files import drawn_pictures
     from sparing.lens import token_classes
 
     what = "pictures" if samples else "drawn scenes (name a folder of pictures with --pictures)"

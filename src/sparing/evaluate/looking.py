@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sparing.anatomy import anatomy_of, ask
 from sparing.evaluate.answering import Arm, answers
-from sparing.evaluate.grids import SeenPicture, grids_of
-from sparing.evaluate.picture_files import OpenedPicture
+from sparing.evaluate.pictures.files import OpenedPicture
+from sparing.evaluate.pictures.grids import SeenPicture, grids_of
 from sparing.lens import Recording, WordReading, embedding_lens, find_words, logit_lens, record
 from sparing.lens.words import readable
 from sparing.tokens import Group, TokenMap, TokenProfile

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL.Image import Image
-from PIL.Image import open as open_picture
 
 from sparing import ablate
 from sparing.anatomy import fingerprint
 from sparing.checkpoint.registry import known_policies
+from sparing.evaluate.pictures.files import picture_files, pictures_in
 from sparing.evaluate.task import NotApplicable, Progress, Subject
 from sparing.execute import apply
 from sparing.lens import token_classes
@@ -27,7 +27,6 @@ from sparing.tokens import Group, TokenProfile
 from sparing.worlds import scenes
 
 ABLATIONS: Mapping[str, Callable[..., Policy]] = {name: getattr(ablate, name) for name in ablate.__all__}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Arguments of ablations that name tokens.
 PLACES = ("where", "queries", "keys", "pairs")
 SCENES_SEED = 3
@@ -66,12 +65,12 @@ class _OnTokens(Method):
         """The folder must hold pictures."""
         if self.control is not None and not self.classes:
             raise ValueError(f"control={self.control}: a control of which classes? Name them under `classes`")
-        if self.pictures is not None and len(_files(self.pictures)) < 8:
-            raise ValueError(f"{self.pictures}: expected a folder with at least 8 pictures ({', '.join(SUFFIXES)})")
+        if self.pictures is not None and (number := len(picture_files(self.pictures))) < 8:
+            raise ValueError(f"{self.pictures}: expected a folder with at least 8 pictures, found {number}")
 
     def files(self) -> tuple[Path, ...]:
         """The pictures."""
-        return () if self.pictures is None else _files(self.pictures)[: self.found_on]
+        return () if self.pictures is None else picture_files(self.pictures)[: self.found_on]
 
     def chosen(self, subject: Subject, seed: int) -> tuple[Selection | Group, dict[str, Any]]:
         """What the settings speak of in this model, and what was found of its tokens.
@@ -209,7 +208,7 @@ def profile_of(
             _PROFILES[key] = token_classes(
                 subject.model,
                 subject.processor,
-                [open_picture(file) for file in _files(pictures)[:number]] if pictures else _scenes(number),
+                [picture.image for picture in pictures_in(pictures, number)] if pictures else _scenes(number),
                 question="what word ?" if pictures is None else "What is in the picture?",
                 rule=rule,
             )
@@ -225,9 +224,3 @@ _PROFILES: dict[tuple[str, Path | None, int, str], TokenProfile] = {}
 def _scenes(number: int) -> list[Image]:
     drawn = itertools.islice(scenes.stream("validation", SCENES_SEED), number)
     return [scenes.picture(scene) for scene in drawn]
-
-
-def _files(folder: Path) -> tuple[Path, ...]:
-    if not folder.is_dir():
-        return ()
-    return tuple(sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES))

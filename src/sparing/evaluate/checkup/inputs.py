@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sparing.anatomy import anatomy_of
-from sparing.evaluate.pictures.prompts import processed, question_prompt
+from sparing.anatomy import anatomy_of, processed, question_prompt
 from sparing.execute.batches import split_rows
 
 TEXT = (
@@ -162,4 +161,4 @@ def _processed(processor: Any, question: str, count: int, draw: np.random.Genera
     pictures = [
         Image.fromarray(draw.integers(0, 256, (112, 112 + 56 * (i % 2), 3), dtype=np.uint8)) for i in range(count)
     ]
-    return processed(processor, question_prompt(processor, question, count), pictures)
+    return dict(processed(processor, [question_prompt(processor, question, count)], [pictures]))

@@ -16,9 +16,10 @@ from sparing.evaluate.kinds import IMAGE, MEANING
 from sparing.evaluate.loss import Batch, TextLoss, measure_batches
 from sparing.evaluate.material import Material, Split, TimedPrompt
 from sparing.evaluate.measurements import Measurements
+from sparing.evaluate.pictures.files import open_picture
 from sparing.evaluate.pictures.painting import PAGE_QUESTIONS, Asked, PicturePage, paint
 from sparing.evaluate.pictures.prompts import PicturePrompts, with_answer
-from sparing.evaluate.pictures.questions import PictureQuestion, check_enough, open_picture, split_questions
+from sparing.evaluate.pictures.questions import PictureQuestion, check_enough, split_questions
 from sparing.evaluate.pictures.seeing import data_uri, shown
 from sparing.evaluate.removal import IMAGE_MODULES, MODULES, PrefillFlops, Removal
 from sparing.evaluate.tasks.metering import Meter
@@ -138,7 +139,7 @@ class PictureMaterial(Material):
         """The painted questions' pictures as the model saw them: `question.span` -> `data:` URI."""
         found = {}
         for i, asked in enumerate(self._halves["report"][:PAGE_QUESTIONS]):
-            pictures = [open_picture(path) for path in asked.question.pictures]
+            pictures = [open_picture(path).image for path in asked.question.pictures]
             seen = shown(self.prompts.processor, asked.prompt, len(asked.tokens.images[0]), pictures)
             found |= {f"{i}.{j}": data_uri(image) for j, image in enumerate(seen) if image is not None}
         return found
@@ -197,7 +198,7 @@ class PictureMaterial(Material):
     # Encoding ------------------------------------------------------------------------------------------------------
 
     def _encode(self, question: PictureQuestion) -> Asked:
-        pictures = [open_picture(path) for path in question.pictures]
+        pictures = [open_picture(path).image for path in question.pictures]
         prompt = self.prompts.encode(question.question, pictures, question.place)
         answer: list[int] = []
         if question.answer is not None:

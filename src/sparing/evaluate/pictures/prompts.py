@@ -9,25 +9,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from sparing.anatomy import anatomy_of
+from sparing.anatomy import anatomy_of, processed, question_prompt, user_turn
 from sparing.execute.batches import split_rows
-
-
-def question_prompt(processor: Any, question: str, pictures: int) -> str:
-    """The text of a prompt with its pictures first: by the chat template, else placeholders and the question."""
-    if not getattr(processor, "chat_template", None):
-        return f"{getattr(processor, 'image_token', '<image>')}\n" * pictures + question
-    return processor.apply_chat_template([_asked(question, pictures)], add_generation_prompt=True)
-
-
-def processed(processor: Any, prompt: str, pictures: Sequence[Image]) -> dict[str, Any]:
-    """What the processor makes of a prompt: one row, without padding."""
-    given: dict[str, Any] = {"text": [prompt], "images": [list(pictures)], "return_tensors": "pt"}
-    bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
-    if bos and prompt.startswith(bos):
-        # The template has written the begin token already.
-        given["add_special_tokens"] = False
-    return dict(processor(**given))
 
 
 class PicturePrompts:
@@ -64,8 +47,9 @@ class PicturePrompts:
         """
         self.check_words(question, f"{place}: the question")
         try:
-            row = processed(self.processor, question_prompt(self.processor, question, len(pictures)), pictures)
-            row = {name: value for name, value in row.items() if isinstance(value, Tensor)}
+            prompt = question_prompt(self.processor, question, len(pictures))
+            made = processed(self.processor, [prompt], [pictures])
+            row = {name: value for name, value in made.items() if isinstance(value, Tensor)}
             row = split_rows(self.model, row)[0]
         except Exception as error:  # a processor is other people's code
             line = " ".join(str(error).split())[:300]
@@ -123,7 +107,7 @@ class PicturePrompts:
         """The space between a prompt and its answer: as the template writes it, else one where there is none yet."""
         if getattr(self.processor, "chat_template", None):
             turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-            chat = self.processor.apply_chat_template([_asked(question, pictures), turn])
+            chat = self.processor.apply_chat_template([user_turn(question, pictures), turn])
             between, found, _ = chat.removeprefix(prompt).partition(answer)
             if chat.startswith(prompt) and found and not between.strip():
                 return between
@@ -144,8 +128,3 @@ def with_answer(row: dict[str, Tensor], answer: Sequence[int]) -> dict[str, Tens
         elif name == "position_ids":
             found[name] = torch.arange(value.shape[1] + more.shape[1]).unsqueeze(0)
     return found
-
-
-def _asked(question: str, pictures: int) -> dict[str, Any]:
-    content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question}]
-    return {"role": "user", "content": content}

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
+from sparing.evaluate.pictures.files import open_picture
 from sparing.evaluate.tasks.rows import read_rows
 
 QUESTIONS = "questions.jsonl"
@@ -78,12 +79,6 @@ def check_enough(count: int, what: str) -> None:
         )
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture as a model is shown it: upright, RGB."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
 def split_questions(questions: Sequence[PictureQuestion]) -> tuple[list[int], list[int], bool]:
     """Indices to choose plans on and to report them on: about half each, and no picture in both.
 
@@ -142,8 +137,9 @@ def _question(row: Mapping[str, Any], number: int, folder: Path, path: Path) -> 
 def _look_at(path: Path, where: str) -> None:
     try:
         open_picture(path)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = "" if isinstance(error, UnidentifiedImageError) else f" ({' '.join(str(error).split())[:100]})"
+    except ValueError as error:
+        cause = error.__cause__ or error
+        why = "" if isinstance(cause, UnidentifiedImageError) else f" ({' '.join(str(cause).split())[:100]})"
         raise ValueError(
             f"{where}: {path} is not a picture that Pillow can read{why}: convert it, to PNG say"
         ) from error

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-# Pixels of the longer side in a page. Smaller pictures stay as they are, and losslessly so.
-PAGE_SIDE, LOSSLESS_SIDE = 448, 160
+PAGE_SIDE = 448
+"""Pixels of the longer side in a page, by default."""
+EXACT_PIXELS = 256 * 256
+"""Pictures of no more pixels lose nothing."""
 
 
 def shown(
@@ -34,25 +37,27 @@ def shown(
     """
     pixels = row.get("pixel_values")
     if pixels is not None and pixels.ndim >= 4 and pixels.shape[:-3].numel() == spans:
-        return [_image(tile, processor.image_processor) for tile in pixels.flatten(0, -4).float()]
+        return [as_picture(tile, processor) for tile in pixels.flatten(0, -4)]
     return list(pictures) if len(pictures) == spans else [None] * spans
 
 
-def _image(tile: Tensor, settings: Any) -> Image.Image:
-    """Undo the normalisation of `[3 h w]`."""
-    if getattr(settings, "do_normalize", False):
-        mean, std = (torch.tensor(getattr(settings, name)).view(-1, 1, 1) for name in ("image_mean", "image_std"))
-        tile = tile * std + mean
-    array = (tile.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(array)
+def as_picture(pixels: Float[Tensor, "c h w"], processor: Any) -> Image.Image:
+    """Pixels as the processor normalised them, as a picture."""
+    settings = processor.image_processor
+    found = pixels.detach().float().cpu()
+    if getattr(settings, "do_normalize", True):
+        mean, std = (torch.tensor(part).reshape(-1, 1, 1) for part in (settings.image_mean, settings.image_std))
+        found = found * std + mean
+    if getattr(settings, "do_rescale", True):
+        found = found / settings.rescale_factor
+    return Image.fromarray(found.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-def data_uri(image: Image.Image) -> str:
-    """A picture inside a page."""
-    small = max(image.size) <= LOSSLESS_SIDE
-    if not small:
-        image = image.copy()
-        image.thumbnail((PAGE_SIDE, PAGE_SIDE))
+def data_uri(image: Image.Image, longest: int = PAGE_SIDE) -> str:
+    """A picture inside a page, its longer side at most so many pixels: small ones to the last bit, others as JPEG."""
+    image = image.copy()
+    image.thumbnail((longest, longest))
+    exact = image.width * image.height <= EXACT_PIXELS
     file = io.BytesIO()
-    image.save(file, "PNG" if small else "JPEG", **({"optimize": True} if small else {"quality": 82}))
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
+    image.save(file, "PNG" if exact else "JPEG", **({"optimize": True} if exact else {"quality": 86}))
+    return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparing.anatomy import anatomy_of
+from sparing.anatomy import anatomy_of, processed
 from sparing.evaluate.task import NotApplicable, Subject
 from sparing.evaluate.tasks.metering import Batches, BatchSize, Meter
 from sparing.evaluate.tasks.two_pass import padded_rows
@@ -202,14 +202,7 @@ class PictureAnswers:
         if self.processor is self.tokenizer:
             rows = [[{**t, "content": "".join(c["text"] for c in t["content"])} for t in turns] for turns in rows]
         texts = [self.processor.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in rows]
-        bos = self.tokenizer.bos_token
-        given: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
-        if bos is not None and all(text.startswith(bos) for text in texts):
-            # The template has written the begin token already.
-            given["add_special_tokens"] = False
-        if any(nested):
-            given["images"] = nested
-        found = self.processor(**given)
+        found = processed(self.processor, texts, nested, padding=True)
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         return {
             name: tensor.to(self.meter.device, dtype) if tensor.is_floating_point() else tensor.to(self.meter.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sparing.evaluate.answering import Answer
-from sparing.evaluate.grids import SeenPicture
 from sparing.evaluate.looking import LensWords, Look
+from sparing.evaluate.pictures.grids import SeenPicture
+from sparing.evaluate.pictures.seeing import data_uri
 from sparing.study.pages.document import render_page, write_page
 
 STEPS = 255
@@ -186,24 +186,14 @@ def _pictures(pictures: Sequence[SeenPicture]) -> dict[str, Any]:
         found.append(
             {
                 "name": picture.name,
-                "src": _url(picture.image, LARGEST),
+                "src": data_uri(picture.image, LARGEST),
                 "size": picture.image.size,
                 "original": len(originals) - 1 if known is None else known,
                 "places": picture.places.tolist(),
                 "extra": picture.extra,
             }
         )
-    return {"grids": found, "originals": [{"src": _url(one, THUMBNAIL), "size": one.size} for one in originals]}
-
-
-def _url(image: Image.Image, largest: int) -> str:
-    """The picture inside the page: small ones to the last bit, photographs as JPEG."""
-    image = image.copy()
-    image.thumbnail((largest, largest))
-    buffer = io.BytesIO()
-    exact = image.width * image.height <= 256 * 256
-    image.save(buffer, "PNG" if exact else "JPEG", **({"optimize": True} if exact else {"quality": 86}))
-    return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"grids": found, "originals": [{"src": data_uri(one, THUMBNAIL), "size": one.size} for one in originals]}
 
 
 def _packed(array: np.ndarray) -> str:

@@ -74,13 +74,22 @@ def pictures_in(folder: str | Path, most: int | None = None) -> list[OpenedPictu
     Raises:
         ValueError: no folder, no pictures, or one that cannot be opened.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"no such folder: {folder}")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    found = picture_files(folder)
     if not found:
         raise ValueError(f"there is no picture in {folder}: its files must end in {', '.join(sorted(SUFFIXES))}")
     return [open_picture(path) for path in found[:most]]
+
+
+def picture_files(folder: str | Path) -> tuple[Path, ...]:
+    """The pictures of a folder in the order of their names, by their endings.
+
+    Raises:
+        ValueError: no folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no such folder: {folder}")
+    return tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES))
 
 
 def drawn_pictures(number: int, seed: int = 0) -> list[OpenedPicture]:

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
-from PIL.Image import Image, fromarray
+from jaxtyping import Int
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from sparing.anatomy import anatomy_of, ask
-from sparing.evaluate.picture_files import OpenedPicture
+from sparing.evaluate.pictures.files import OpenedPicture
+from sparing.evaluate.pictures.seeing import as_picture
 from sparing.lens import WordReading
 from sparing.tokens import ImageSpan, TokenMap
 
@@ -77,11 +77,13 @@ def grids_of(
             shape = anatomy.grid
             lain = np.array([at[place] for place in before]).reshape(shape)
             yield SeenPicture(
-                f"{picture.name} · overview", _image(processor, overview), picture.image, lain, (), picture.notes
+                f"{picture.name} · overview", as_picture(overview, processor), picture.image, lain, (), picture.notes
             )
             rest = [place for place in rest if place not in before]
         extra = tuple((at[place], _beside(span, place, n)) for n, place in enumerate(rest))
-        yield SeenPicture(f"{picture.name}{part}", _image(processor, seen), picture.image, places, extra, picture.notes)
+        yield SeenPicture(
+            f"{picture.name}{part}", as_picture(seen, processor), picture.image, places, extra, picture.notes
+        )
 
 
 def _beside(span: ImageSpan, place: int, n: int) -> str:
@@ -111,15 +113,3 @@ def _owners(
             "one picture at a time"
         )
     return owners
-
-
-def _image(processor: Any, pixels: Float[Tensor, "c h w"]) -> Image:
-    """Pixels as the processor normalised them, as a picture."""
-    settings = processor.image_processor
-    found = pixels.detach().float().cpu()
-    if getattr(settings, "do_normalize", True):
-        mean, std = (torch.tensor(part).reshape(-1, 1, 1) for part in (settings.image_mean, settings.image_std))
-        found = found * std + mean
-    if getattr(settings, "do_rescale", True):
-        found = found / settings.rescale_factor
-    return fromarray(found.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
