@@ -14,6 +14,7 @@ from sparing.evaluate.tasks.scene_lens import SceneLensTask
 from sparing.evaluate.tasks.scene_transplant import SceneTransplantTask, drawn_pairs
 from sparing.lens import embedding_lens, record
 from sparing.tokens import Group, TokenMap
+from sparing.worlds import scenes
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,6 @@ def test_a_mark_by_hand(shipped):
     import itertools
 
     from sparing.anatomy import ask
-    from sparing.worlds import scenes
 
     task = SceneLensTask(scenes=2, draw=4)
     found = task.measure(shipped, seed=0)
@@ -58,7 +58,7 @@ def test_a_mark_by_hand(shipped):
 
 
 def test_pairs_differ_in_one_patch_that_the_question_is_about():
-    for pair in drawn_pairs("test", 4, 1):
+    for pair in drawn_pairs(scenes.WORLD, "test", 4, 1):
         one, two = pair.scene.patch_words(), pair.donor.patch_words()
         assert [i for i in range(100) if one[i] != two[i]] == [pair.cell]
         assert one[pair.bare][3] == two[pair.bare][3] == "nothing"

@@ -25,7 +25,7 @@ def test_labels_are_answers_and_their_ends():
     made = subject()
     drawn = list(itertools.islice(scenes.stream("train", 0), 2))
     asked = [scenes.questions(scene, np.random.default_rng(0), n) for scene, n in zip(drawn, (3, 1), strict=True)]
-    batch = turns_of(made, drawn, asked)
+    batch = turns_of(made, scenes.WORLD, drawn, asked)
     for row, questions in enumerate(asked):
         kept = batch["labels"][row] != IGNORED
         said = made.tokenizer.decode(batch["input_ids"][row][kept])

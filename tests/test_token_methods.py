@@ -13,6 +13,7 @@ from sparing.study.methods import known_methods
 from sparing.study.token_methods import Ablation, TokenClass, profile_of
 from sparing.tokens import Group, TokenProfile
 from sparing.tokens.profile import Anchor
+from sparing.worlds.scenes import WORLD
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +84,9 @@ def test_profiles_are_found_once(shipped, monkeypatch):
     monkeypatch.setattr(token_methods, "token_classes", lambda *a, **k: called.append(k["rule"]) or TokenProfile("x"))
     monkeypatch.setattr(token_methods, "_PROFILES", {})
     for _ in range(2):
-        profile_of(shipped, None, 8, "anchors")
+        profile_of(shipped, WORLD, 8, "anchors")
     assert called == ["anchors"]
-    profile_of(shipped, None, 8, "release")
+    profile_of(shipped, WORLD, 8, "release")
     assert called == ["anchors", "release"]
 
 

@@ -17,7 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from sparing.evaluate.task import Progress, Subject
 from sparing.evaluate.tasks.scenes import check_speaks
 from sparing.study.training import Training
-from sparing.worlds import scenes
+from sparing.worlds.grids import GridScene, GridWorld, Question
+from sparing.worlds.opening import scene_files, scene_world
 
 IGNORED = -100
 PARTS = {"language": ("language_model", "lm_head"), "bridge": ("multi_modal_projector",)}
@@ -37,6 +38,7 @@ class SceneTraining(Training):
         lr: peak learning rate; it rises over the first tenth and falls along a cosine.
         parts: what is trained: `language` the language model, `bridge` the projector.
         weight_decay: of AdamW.
+        data: a folder of real digits and photographs to make the scenes of; drawn ones by default.
     """
 
     steps: int = 300
@@ -45,6 +47,7 @@ class SceneTraining(Training):
     lr: float = 5e-4
     parts: tuple[Literal["language", "bridge"], ...] = ("language", "bridge")
     weight_decay: float = 0.0
+    data: Path | None = None
 
     def check(self) -> None:
         """Look at the settings."""
@@ -53,11 +56,16 @@ class SceneTraining(Training):
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if not self.parts:
             raise ValueError("parts=[]: name at least one of language, bridge")
+        scene_world(self.data)
+
+    def files(self) -> tuple[Path, ...]:
+        """What the scenes are made of."""
+        return scene_files(self.data)
 
     def train(self, subject: Subject, *, seed: int, folder: Path, on_step: Progress | None = None) -> Subject:
         """Train."""
         self.check()
-        check_speaks(subject)
+        check_speaks(subject, scene_world(self.data))
         model: Any = subject.model
         wanted = tuple(name for part in self.parts for name in PARTS[part])
         for name, weight in model.named_parameters():
@@ -131,13 +139,14 @@ class _Turns(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         rng = np.random.default_rng([self.seed, index, 11])
-        drawn = [scenes.draw_scene(rng, scenes.SceneSpec(), "train") for _ in range(self.settings.rows)]
-        asked = [scenes.questions(scene, rng, self.settings.turns) for scene in drawn]
-        return turns_of(self.subject, drawn, asked)
+        world = scene_world(self.settings.data)
+        drawn = [world.draw(rng, "train") for _ in range(self.settings.rows)]
+        asked = [world.questions(scene, rng, self.settings.turns) for scene in drawn]
+        return turns_of(self.subject, world, drawn, asked)
 
 
 def turns_of(
-    subject: Subject, drawn: Sequence[scenes.Scene], asked: Sequence[Sequence[scenes.Question]]
+    subject: Subject, world: GridWorld, drawn: Sequence[GridScene], asked: Sequence[Sequence[Question]]
 ) -> dict[str, Tensor]:
     """A batch of chats: each a picture and questions with their answers, `labels` on answers and their ends alone."""
     tokenizer = subject.tokenizer
@@ -154,7 +163,7 @@ def turns_of(
         )
         labels.append(ids)
     inputs = subject.processor(
-        images=[scenes.picture(scene) for scene in drawn],
+        images=[world.picture(scene) for scene in drawn],
         text=texts,
         return_tensors="pt",
         padding=True,

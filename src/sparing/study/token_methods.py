@@ -24,7 +24,8 @@ from sparing.policies import OfClass
 from sparing.study.methods import Method, Prepared
 from sparing.study.names import unknown
 from sparing.tokens import Group, TokenProfile
-from sparing.worlds import scenes
+from sparing.worlds.grids import GridWorld
+from sparing.worlds.opening import scene_files, scene_world
 
 ABLATIONS: Mapping[str, Callable[..., Policy]] = {name: getattr(ablate, name) for name in ablate.__all__}
 # Arguments of ablations that name tokens.
@@ -44,6 +45,7 @@ class _OnTokens(Method):
         words: class -> words of the vocabulary: tell classes by these instead, found or not (EmbedLens' rule).
         top: how many of a token's nearest words are looked at for `words`.
         pictures: a folder of pictures to find them on; scenes of the validation split by default.
+        data: a folder of real digits and photographs to make those scenes of; drawn ones by default.
         found_on: how many pictures.
     """
 
@@ -54,6 +56,7 @@ class _OnTokens(Method):
     words: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     top: int = 1
     pictures: Path | None = None
+    data: Path | None = None
     found_on: int = 48
 
     @property
@@ -70,7 +73,9 @@ class _OnTokens(Method):
 
     def files(self) -> tuple[Path, ...]:
         """The pictures."""
-        return () if self.pictures is None else picture_files(self.pictures)[: self.found_on]
+        if self.pictures is None:
+            return scene_files(self.data)
+        return picture_files(self.pictures)[: self.found_on]
 
     def chosen(self, subject: Subject, seed: int) -> tuple[Selection | Group, dict[str, Any]]:
         """What the settings speak of in this model, and what was found of its tokens.
@@ -80,7 +85,7 @@ class _OnTokens(Method):
         """
         if not self.classes:
             return Group.IMAGE, {}
-        profile = profile_of(subject, self.pictures, self.found_on, self.rule)
+        profile = profile_of(subject, self.pictures or scene_world(self.data), self.found_on, self.rule)
         details = {"shares": dict(profile.shares), "notes": list(profile.notes)}
         try:
             if self.words:
@@ -195,7 +200,7 @@ class Ablation(_OnTokens):
 
 
 def profile_of(
-    subject: Subject, pictures: Path | None, number: int, rule: Literal["anchors", "release"]
+    subject: Subject, pictures: Path | GridWorld, number: int, rule: Literal["anchors", "release"]
 ) -> TokenProfile:
     """The classes of a model's picture tokens, found once for all cells of it.
 
@@ -208,8 +213,12 @@ def profile_of(
             _PROFILES[key] = token_classes(
                 subject.model,
                 subject.processor,
-                [picture.image for picture in pictures_in(pictures, number)] if pictures else _scenes(number),
-                question="what word ?" if pictures is None else "What is in the picture?",
+                _scenes(pictures, number)
+                if isinstance(pictures, GridWorld)
+                else [picture.image for picture in pictures_in(pictures, number)],
+                question="what colour is background ?"
+                if isinstance(pictures, GridWorld)
+                else "What is in the picture?",
                 rule=rule,
             )
         except ValueError as error:
@@ -217,10 +226,10 @@ def profile_of(
     return _PROFILES[key]
 
 
-_PROFILES: dict[tuple[str, Path | None, int, str], TokenProfile] = {}
+_PROFILES: dict[tuple[str, Path | GridWorld, int, str], TokenProfile] = {}
 
 
 @functools.cache
-def _scenes(number: int) -> list[Image]:
-    drawn = itertools.islice(scenes.stream("validation", SCENES_SEED), number)
-    return [scenes.picture(scene) for scene in drawn]
+def _scenes(world: GridWorld, number: int) -> list[Image]:
+    drawn = itertools.islice(world.stream("validation", SCENES_SEED), number)
+    return [world.picture(scene) for scene in drawn]

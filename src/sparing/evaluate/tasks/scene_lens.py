@@ -1,10 +1,11 @@
-"""What lenses read off the visual tokens of drawn scenes, against the truth of every patch and against nulls."""
+"""What lenses read off the visual tokens of scenes, against the truth of every patch and against nulls."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,13 +30,14 @@ from sparing.lens import (
     untrained_projector,
 )
 from sparing.tokens import Group
-from sparing.worlds import scenes
-from sparing.worlds.scenes import Scene
+from sparing.worlds.grids import GridScene, GridWorld
+from sparing.worlds.opening import scene_files, scene_world
 
 AT_ONCE = 16
 TOP = 5
+QUESTION = "what colour is background ?"
 PARTS = {"colour": 2, "kind": 3}
-"""Parts of a patch that a lens should name: where they stand in `Scene.patch_words`."""
+"""Parts of a patch that a lens should name: where they stand in `GridScene.patch_words`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +57,23 @@ class SceneLensTask(Task):
         scenes: pictures to read.
         split: `validation` or `test`.
         draw: seed of the scenes.
+        data: a folder of real digits and photographs to make the scenes of; drawn ones by default.
     """
 
     scenes: int = 64
     split: Literal["validation", "test"] = "test"
     draw: int = 1
+    data: Path | None = None
 
     def check(self) -> None:
         """Look at the settings."""
+        scene_world(self.data)
         if self.scenes < 2:
             raise ValueError(f"scenes={self.scenes}: expected at least 2")
+
+    def files(self) -> tuple[Path, ...]:
+        """What the scenes are made of."""
+        return scene_files(self.data)
 
     def work(self, subject: Subject) -> float | None:
         """Tokens of the pictures: read, exchanged, through an untrained projector, and as many for the probe."""
@@ -79,11 +88,12 @@ class SceneLensTask(Task):
         """Read, and compare with the truth."""
         self.check()
         tell = on_step or (lambda done, word: None)
-        check_speaks(subject)
-        drawn = list(itertools.islice(scenes.stream(self.split, self.draw), self.scenes))
+        world = scene_world(self.data)
+        check_speaks(subject, world)
+        drawn = list(itertools.islice(world.stream(self.split, self.draw), self.scenes))
         marks = _Marks(subject, drawn)
         tell(0.05, f"{len(drawn)} scenes")
-        seen = _recorded(subject, drawn)
+        seen = _recorded(subject, world, drawn)
         model = subject.model
         marks.put("", embedding_lens(model, seen, k=TOP))
         tell(0.3, "nulls")
@@ -94,32 +104,32 @@ class SceneLensTask(Task):
         marks.put(" (null: random)", embedding_lens(model, norm_matched(first, seed), k=TOP), each=False)
         marks.put(" (null: exchanged)", embedding_lens(model, shuffled(first, seed), k=TOP), each=False)
         with untrained_projector(model, seed):
-            blank = _recorded(subject, drawn, levels=[0])
+            blank = _recorded(subject, world, drawn, levels=[0])
         marks.put(" (null: untrained projector)", embedding_lens(model, blank, k=TOP), each=False)
         tell(0.6, "probe")
-        other = list(itertools.islice(scenes.stream("train", self.draw), self.scenes))
-        for part, right in _probed(subject, first, marks, other, seed).items():
+        other = list(itertools.islice(world.stream("train", self.draw), self.scenes))
+        for part, right in _probed(subject, world, first, marks, other, seed).items():
             marks.items[f"{part} by probe"] = right
         figures = {
             name: as_figure(statistics.mean(list(items.values()), seed=seed), "higher", "share")
             for name, items in marks.items.items()
         }
         tell(0.85, "alignment")
-        found, details = _alignment(subject, first, marks, seed)
+        found, details = _alignment(subject, world, first, marks, seed)
         return Outcome({**figures, **found}, marks.items, {"norms": _norms(subject, seen), **details})
 
 
 class _Marks:
     """Which objects' patches a reading names rightly, as a share a picture."""
 
-    def __init__(self, subject: Subject, drawn: Sequence[Scene]) -> None:
+    def __init__(self, subject: Subject, drawn: Sequence[GridScene]) -> None:
         words = subject.tokenizer.get_vocab()
         told = [scene.patch_words() for scene in drawn]
         self.truth = {
             part: torch.tensor([words[patch[place]] for scene in told for patch in scene])
             for part, place in PARTS.items()
         }
-        self.object = torch.tensor([patch[3] != scenes.NOTHING for scene in told for patch in scene])
+        self.object = torch.tensor([patch[3] != drawn[0].kinds[0] for scene in told for patch in scene])
         self.picture = torch.arange(len(drawn)).repeat_interleave(len(told[0]))
         self.items: dict[str, dict[str, float]] = {}
 
@@ -144,12 +154,14 @@ class _Marks:
         return found
 
 
-def _recorded(subject: Subject, drawn: Sequence[Scene], levels: Sequence[int] | None = None) -> Recording:
+def _recorded(
+    subject: Subject, world: GridWorld, drawn: Sequence[GridScene], levels: Sequence[int] | None = None
+) -> Recording:
     """The visual tokens of scenes, in reading order."""
     parts = []
     for start in range(0, len(drawn), AT_ONCE):
         part = drawn[start : start + AT_ONCE]
-        inputs = ask(subject.model, subject.processor, ["what word ?"] * len(part), [[scenes.picture(s)] for s in part])
+        inputs = ask(subject.model, subject.processor, [QUESTION] * len(part), [[world.picture(s)] for s in part])
         parts.append(record(subject.model, inputs, where=Group.IMAGE, levels=levels))
     wrong = [len(part.index) for part in parts if len(part.index) % 100]
     if wrong:
@@ -175,11 +187,11 @@ def _joined(parts: Sequence[Recording]) -> dict[str, Any]:
 
 
 def _probed(
-    subject: Subject, first: Recording, marks: _Marks, other: Sequence[Scene], seed: int
+    subject: Subject, world: GridWorld, first: Recording, marks: _Marks, other: Sequence[GridScene], seed: int
 ) -> dict[str, dict[str, float]]:
     """What a linear probe, trained on other scenes, gets out of the same states."""
     learned = _Marks(subject, other)
-    states = _recorded(subject, other, levels=[0]).at(0)[learned.object]
+    states = _recorded(subject, world, other, levels=[0]).at(0)[learned.object]
     found = {}
     for part, truth in marks.truth.items():
         named = linear_probe(
@@ -192,19 +204,19 @@ def _probed(
 
 
 def _alignment(
-    subject: Subject, first: Recording, marks: _Marks, seed: int
+    subject: Subject, world: GridWorld, first: Recording, marks: _Marks, seed: int
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
     """Which level's words visual tokens are most like: patches by kind and by colour against the words in questions."""
-    words = [*scenes.KINDS[1:], *scenes.COLOUR_WORDS]
+    words = [*world.kinds[1:], *world.colours]
     ids = subject.tokenizer.get_vocab()
     states, twins, names = [], [], []
     for word in words:
-        part = "colour" if word in scenes.COLOUR_WORDS else "kind"
+        part = "colour" if word in world.colours else "kind"
         mine = marks.object & (marks.truth[part] == ids[word])
         if int(mine.sum()) < 2:
             continue
         states.append(first.at(0)[mine].float().mean(0))
-        twins.append(_contexts(subject, word))
+        twins.append(_contexts(subject, word, words))
         names.append(word)
     if len(names) < 8:
         return {}, {"alignment": f"only {len(names)} words with two patches or more: read more scenes"}
@@ -230,13 +242,13 @@ def _alignment(
     return figures, {"alignment": details}
 
 
-def _contexts(subject: Subject, word: str) -> Tensor:
+def _contexts(subject: Subject, word: str, words: Sequence[str]) -> Tensor:
     """`[levels d]`, what the model makes of a word, the mean over questions that hold it."""
     # Each question with the place of the word: the last one before `?`, or the one it begins with.
     forms: tuple[Callable[[str], str], ...] = (
         lambda w: f"how many {w} ?",
         lambda w: f"where is {w} ?",
-        lambda w: f"where is {w} from {next(_others(w))} ?",
+        lambda w: f"where is {w} from {next(other for other in words if other != w)} ?",
     )
     states = []
     for form in forms:
@@ -247,10 +259,6 @@ def _contexts(subject: Subject, word: str) -> Tensor:
         where[0, place] = True
         states.append(record(subject.model, dict(inputs), where=where).states[:, 0].float())
     return torch.stack(states).mean(0)
-
-
-def _others(word: str) -> Iterator[str]:
-    return (other for other in (*scenes.SHAPES, *scenes.COLOUR_WORDS) if other != word)
 
 
 def _norms(subject: Subject, seen: Recording) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from sparing.worlds.grids.questions import Asker, Example, Question, background
+from sparing.worlds.grids.scene import Thing
 from sparing.worlds.grids.words import column_words, row_words
 from sparing.worlds.splits import Split, split_of
 
@@ -23,6 +24,7 @@ class GridWorld(abc.ABC):
         colours: colour words, as `Truth.colour` counts them.
         kinds: what can stand in a patch, as `Truth.kind` counts them; the first is nothing.
         groups: kinds by what they are, such as letters.
+        by_colour: a task that asks for the kind of the only object of a colour, and the kinds that it can be.
         facts: questions that need no picture, and their answers.
         shows: what a picture is a grid of, in words.
         source: what the data is, in a sentence.
@@ -34,6 +36,7 @@ class GridWorld(abc.ABC):
     colours: tuple[str, ...]
     kinds: tuple[str, ...]
     groups: Mapping[str, tuple[str, ...]]
+    by_colour: tuple[str, tuple[str, ...]]
     facts: Mapping[str, str]
     shows: str
     source: str
@@ -42,6 +45,10 @@ class GridWorld(abc.ABC):
     @abc.abstractmethod
     def sketch(self, rng: np.random.Generator, most: int, split: Split | None) -> Any:
         """Draws a scene of at most `most` objects, of whatever split; pictures in it, if any, are of `split`."""
+
+    @abc.abstractmethod
+    def exchange(self, scene: Any, thing: Thing, other: Thing, rng: np.random.Generator, split: Split | None) -> Any:
+        """Returns a scene with `other` at the place of `thing` and nothing else changed; its picture, if any, is of `split`."""
 
     @abc.abstractmethod
     def paint(self, scenes: Sequence[Any]) -> np.ndarray:

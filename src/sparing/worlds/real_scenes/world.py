@@ -1,12 +1,13 @@
 """The real-scenes world: its pictures and what is asked about them."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
-from sparing.worlds.grids import GridWorld, Question
+from sparing.worlds.grids import GridWorld, Question, Thing
 from sparing.worlds.grids import questions as about
 from sparing.worlds.grids.questions import Asker
 from sparing.worlds.grids.words import COLOUR_WORDS
@@ -44,6 +45,7 @@ class RealScenesWorld(GridWorld):
 
     tasks, colours, kinds, facts = TASKS, COLOURS, KINDS, FACTS
     groups = MappingProxyType({"digits": DIGITS, "photographs": CLASSES})
+    by_colour = ("digit", DIGITS)
     shows = "handwritten digits in coloured ink and photographs"
     source = (
         "Generated scenes (`sparing.worlds.real_scenes`) of real pictures: MNIST's digits and CIFAR-10's photographs. Each of "
@@ -67,6 +69,15 @@ class RealScenesWorld(GridWorld):
     def sketch(self, rng: np.random.Generator, most: int, split: Split | None) -> RealScene:
         """As in `GridWorld`."""
         return sketch(rng, self.spec, self.gallery, most, split)
+
+    def exchange(
+        self, scene: RealScene, thing: Thing, other: Thing, rng: np.random.Generator, split: Split | None
+    ) -> RealScene:
+        """As in `GridWorld`."""
+        place, those = scene.things.index(thing), self.gallery.of(other.kind, split)
+        things, images = list(scene.things), list(scene.images)
+        things[place], images[place] = other, int(those[int(rng.integers(len(those)))])
+        return dataclasses.replace(scene, things=tuple(things), images=tuple(images))
 
     def paint(self, scenes: Sequence[RealScene]) -> np.ndarray:
         """As in `GridWorld`. A picture follows from its scene and the gallery alone."""

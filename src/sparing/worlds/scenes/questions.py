@@ -1,11 +1,12 @@
 """What is asked about scenes, and the world that they make."""
 
+import dataclasses
 from collections.abc import Sequence
 from types import MappingProxyType
 
 import numpy as np
 
-from sparing.worlds.grids import GridWorld
+from sparing.worlds.grids import GridWorld, Thing
 from sparing.worlds.grids import questions as about
 from sparing.worlds.grids.questions import Asker, Example, Question
 from sparing.worlds.grids.words import COLOUR_WORDS
@@ -40,6 +41,7 @@ class ScenesWorld(GridWorld):
 
     tasks, colours, kinds, facts = TASKS, COLOUR_WORDS, KINDS, FACTS
     groups = MappingProxyType({"shapes": SHAPES, "letters": LETTERS})
+    by_colour = ("shape", SHAPES)
     shows = "coloured shapes, letters and spelled words"
     source = "Generated scenes (`sparing.worlds.scenes`), nothing else."
     licence = "Licence: Apache-2.0, for weights and data alike."
@@ -50,6 +52,12 @@ class ScenesWorld(GridWorld):
     def sketch(self, rng: np.random.Generator, most: int, split: Split | None) -> Scene:
         """As in `GridWorld`."""
         return sketch(rng, self.spec, most)
+
+    def exchange(
+        self, scene: Scene, thing: Thing, other: Thing, rng: np.random.Generator, split: Split | None
+    ) -> Scene:
+        """As in `GridWorld`."""
+        return dataclasses.replace(scene, things=tuple(other if one == thing else one for one in scene.things))
 
     def paint(self, scenes: Sequence[Scene]) -> np.ndarray:
         """As in `GridWorld`."""
