@@ -47,12 +47,15 @@ def smaller(settings: T, folder: Path) -> T:
         if field.name in SMALL and value is not None:
             small = SMALL[field.name]
             changed[field.name] = min(value, small) if isinstance(small, int) and isinstance(value, int) else small
+        elif field.name == "data" and isinstance(value, Path):
+            # Drawn scenes need no folder of pictures.
+            changed[field.name] = None
         elif field.name == "text" and isinstance(value, Path) and not (folder / value).exists():
             changed[field.name] = Path(zoo.__file__).parent / "pages" / "arithmetic.txt"
     return dataclasses.replace(settings, **changed) if changed else settings  # type: ignore[return-value]
 
 
 def stand_in(path: str, resolve: Callable[[str], str], like: str | None = None) -> str:
-    """The checkpoint whose architecture and tokenizer are taken: its own, or another one where it is not on this machine."""
-    path = resolve(path)
-    return path if Path(path).is_dir() else resolve(like or STAND_IN)
+    """The checkpoint whose architecture and tokenizer are taken: `like`, else its own, else one of the zoo where it is not here."""
+    path = resolve(like or path)
+    return path if Path(path).is_dir() else resolve(STAND_IN)

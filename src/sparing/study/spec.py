@@ -47,7 +47,7 @@ class ModelEntry(_Strict):
             study's seeds: one training of the model a seed, so that whatever is measured on it has as many.
         dtype: type of the weights; `auto` keeps the checkpoint's own.
         attention: the attention implementation; the fastest that the model has by default.
-        like: a model whose architecture and tokenizer are taken by `--shrink` where `path` is not on this machine.
+        like: a model whose architecture and tokenizer are taken by `--shrink` instead of this one's.
     """
 
     path: str
