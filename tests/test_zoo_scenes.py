@@ -171,7 +171,7 @@ def test_few_told_cells_keep_their_places_and_all_objects(course):
 
 def test_positions_and_mask_by_hand():
     cells, segments = torch.tensor([[2, -1]]), torch.tensor([[1, 1, 2, 0]])
-    positions, sees = positions_and_mask(cells, segments, patches=4)
+    positions, sees = positions_and_mask(cells, segments, number=4)
     assert positions.tolist() == [[0, 3, 1, 5, 6, 5, 5]]
     # Rows ask, columns are seen: <bos>, the cell, padding, two tokens of one question, another question, padding.
     assert sees[0, 0].int().tolist() == [
@@ -183,6 +183,10 @@ def test_positions_and_mask_by_hand():
         [1, 1, 0, 0, 0, 1, 0],
         [1, 1, 0, 0, 0, 0, 0],
     ]
+    positions, sees = positions_and_mask(cells, segments[:, :1], number=4, around=(2, 1))
+    # <bos>, a mark, the cell, padding, a mark behind the picture, a question.
+    assert positions.tolist() == [[0, 1, 4, 2, 6, 7]]
+    assert sees[0, 0].int().tolist()[-1] == [1, 1, 1, 0, 1, 1]
 
 
 def test_batches_depend_on_seed_and_index_alone(recipe, course):

@@ -1,7 +1,7 @@
 """Tokenizers for worlds whose words are known beforehand."""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -37,7 +37,7 @@ def word_tokenizer(words: Sequence[str], markers: Sequence[str] = (), max_length
 
 
 def closed_tokenizer(
-    words: Sequence[str], specials: Sequence[str] = (), max_length: int = 512
+    words: Sequence[str], specials: Sequence[str] | Mapping[str, str] = (), max_length: int = 512
 ) -> PreTrainedTokenizerFast:
     """Builds a fast tokenizer of whole words, for a world whose every word is known; others are `<unk>`.
 
@@ -45,14 +45,15 @@ def closed_tokenizer(
 
     Args:
         words: the words and signs.
-        specials: further special tokens, such as `<image>`; they need no spaces around them.
+        specials: further special tokens, such as `<image>`, or names of them and the tokens; they need no spaces around them.
         max_length: `model_max_length` of the tokenizer.
     """
-    tokens = [*SPECIAL, *specials, *dict.fromkeys(words)]
+    named = isinstance(specials, Mapping)
+    tokens = [*SPECIAL, *(specials.values() if named else specials), *dict.fromkeys(words)]
     backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return _wrapped(backend, max_length, extra_special_tokens=list(specials))
+    return _wrapped(backend, max_length, extra_special_tokens=dict(specials) if named else list(specials))
 
 
 def _wrapped(backend: Tokenizer, max_length: int, **more: Any) -> PreTrainedTokenizerFast:

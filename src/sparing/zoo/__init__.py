@@ -1,8 +1,8 @@
 """Small models that come with the package, so that everything can be tried offline.
 
 Each is an ordinary Hugging Face folder (`path(name)`), trained on a world of `sparing.worlds` by a recipe
-(`recipe(name)`) that anyone can run again: `sparing zoo train NAME`. `real-scenes-llava` is a recipe only: its pictures
-are not ours to ship, and neither are weights made from them.
+(`recipe(name)`) that anyone can run again: `sparing zoo train NAME`. Some are recipes only: `real-scenes-llava`, whose pictures
+are not ours to ship, and neither are weights made from them; `scenes-onevision` and `scenes-internvl`, other families for studies.
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,16 @@ from types import MappingProxyType
 
 from sparing.zoo.real_scene_recipe import REAL_SCENES_LLAVA
 from sparing.zoo.recipe import Recipe
+from sparing.zoo.scene_backbone_recipes import SCENES_INTERNVL, SCENES_ONEVISION
 from sparing.zoo.scene_recipe import SCENES_LLAVA
 from sparing.zoo.text_recipe import ARITHMETIC_LLAMA
 
 __all__ = ["Recipe", "names", "page", "path", "recipe"]
 
 SHIPPED = (ARITHMETIC_LLAMA, SCENES_LLAVA)
-RECIPES: Mapping[str, Recipe] = MappingProxyType({made.name: made for made in (*SHIPPED, REAL_SCENES_LLAVA)})
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {made.name: made for made in (*SHIPPED, REAL_SCENES_LLAVA, SCENES_ONEVISION, SCENES_INTERNVL)}
+)
 
 _ROOM = Path(__file__).parent
 

@@ -129,20 +129,29 @@ def normalise(pictures: np.ndarray) -> Float[Tensor, "b 3 h w"]:
 
 
 def positions_and_mask(
-    cells: Int[Tensor, "b c"], segments: Int[Tensor, "b t"], patches: int
+    tokens: Int[Tensor, "b c"], segments: Int[Tensor, "b t"], number: int, around: tuple[int, int] = (1, 0)
 ) -> tuple[Int[Tensor, "b s"], Bool[Tensor, "b 1 s s"]]:
-    """Where each token of `<bos> cells questions` stands, and what it sees.
+    """Where each token of `<bos> picture questions` stands, and what it sees.
 
-    A cell stands at its patch's place whether or not the others are there. Each question starts right after the
+    A token of the picture stands at its own place whether or not the others are there. Each question starts right after the
     picture and sees the picture and itself: as if it had been asked alone.
+
+    Args:
+        tokens: which of the picture's tokens are there; -1 is padding.
+        segments: which question a token belongs to.
+        number: tokens of a whole picture.
+        around: how many tokens stand before the picture, `<bos>` among them, and how many right behind it.
     """
     rows, length = segments.shape
-    bos = torch.zeros(rows, 1, dtype=torch.long)
+    before, behind = (torch.arange(many).expand(rows, -1) for many in around)
     place = torch.arange(length).expand(rows, -1)
     starts = torch.where(segments != torch.nn.functional.pad(segments, (1, -1)), place, 0).cummax(1).values
-    positions = torch.cat([bos, cells.clamp(min=0) + 1, place - starts + patches + 1], 1)
+    first, stop = around[0], around[0] + number
+    positions = torch.cat([before, tokens.clamp(min=0) + first, behind + stop, place - starts + stop + around[1]], 1)
     # 0 is the scene, -1 padding, others are questions.
-    owner = torch.cat([bos, torch.where(cells < 0, -1, 0), torch.where(segments > 0, segments, -1)], 1)
+    owner = torch.cat(
+        [before * 0, torch.where(tokens < 0, -1, 0), behind * 0, torch.where(segments > 0, segments, -1)], 1
+    )
     causal = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool).tril()
     sees = causal & ((owner[:, None] == 0) | ((owner[:, None] == owner[:, :, None]) & (owner[:, None] > 0)))
     # A padded row that sees nothing would give NaN; the first token is harmless.

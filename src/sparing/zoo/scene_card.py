@@ -9,17 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from sparing.anatomy import ask
+from sparing.checkpoint import load
+from sparing.lens import record
+from sparing.tokens import TokenMap
 from sparing.worlds.grids import BlindGuesser, Example, GridWorld, chance
 from sparing.worlds.grids.words import NOTHING
 from sparing.worlds.scenes import WORLD as SCENES
 from sparing.worlds.scenes import single_patch_share
 from sparing.zoo.figures import TEST_SEED, Figures, Score, by_difficulty, machine_words
 from sparing.zoo.precision import mixed
+from sparing.zoo.scene_eyes import eyes_of
 from sparing.zoo.scene_recipe import ANSWERING, SceneRecipe, Stage
 
 BLIND_SHOWN = 1500
+QUESTION = "what colour is background ?"
 
 
 @torch.inference_mode()
@@ -30,12 +35,8 @@ def answers(
     found: list[str] = []
     for first in range(0, len(asked), batch):
         part = asked[first : first + batch]
-        inputs = processor(
-            images=[world.picture(example.scene) for example in part],
-            text=[f"<image> {example.question.text}" for example in part],
-            return_tensors="pt",
-            padding=True,
-        ).to(model.device, model.dtype)
+        pictures = [[world.picture(example.scene)] for example in part]
+        inputs = ask(model, processor, [example.question.text for example in part], pictures)
         out = model.generate(**inputs, do_sample=False)
         written = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         found += [text.strip() for text in written]
@@ -76,9 +77,10 @@ def spoken_shares(
         `object row`, `object column`, ..., `bare kind`, and `letter kind` and the like: shares.
     """
     drawn = list(itertools.islice(world.stream("test", seed), number))
-    inputs = processor.image_processor([world.picture(scene) for scene in drawn], return_tensors="pt")
-    pixel_values = inputs["pixel_values"].to(model.device, model.dtype)
-    seen = torch.stack(list(model.get_image_features(pixel_values).pooler_output)).float()
+    inputs = ask(model, processor, [QUESTION] * len(drawn), [[world.picture(scene)] for scene in drawn])
+    patches = torch.stack([row[0].patches().flatten() for row in TokenMap.from_inputs(model, inputs).images])
+    where = torch.zeros_like(inputs["input_ids"], dtype=torch.bool).scatter(1, patches.to(model.device), True)
+    seen = record(model, inputs, where=where, levels=[0]).at(0).float().unflatten(0, patches.shape)
     embeddings = model.get_input_embeddings().weight.float()
     ids = processor.tokenizer.get_vocab()
     told = [scene.patch_words() for scene in drawn]
@@ -98,8 +100,8 @@ def spoken_shares(
 
 def measure(folder: Path, *, per_task: int, seconds: float, world: GridWorld = SCENES) -> Figures:
     """Asks a saved model `per_task` test questions of every task, with its weights as they are saved, in fp32."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
+    model: Any
+    model, processor = load(folder, dtype=torch.float32)
     asked = world.examples("test", per_task, seed=TEST_SEED)
     found = answers(model, processor, asked, world=world)
     blind = blind_guesser(world)
@@ -143,8 +145,8 @@ def card(
     spoken += [f"| kind, {group} only | {figures.more[f'spoken {group} kind']:.1%} | – |" for group in world.groups]
     stages = [_stage_row(stage) for stage in recipe.stages]
     precision = "bf16 autocast over fp32 weights" if mixed("cuda" if hardware["gpus"] else "cpu") else "fp32"
-    vision, text = recipe.config["vision_config"], recipe.config["text_config"]
-    side = vision["image_size"]
+    eyes, vision, text = eyes_of(recipe, world), recipe.config["vision_config"], recipe.config["text_config"]
+    side, decoder = vision["image_size"], text["model_type"].capitalize()
     per_task = next(iter(figures.scores.values())).total
     example = next(world.stream("test", TEST_SEED))
     asked = world.examples("test", 1, seed=TEST_SEED)
@@ -160,7 +162,7 @@ tags: [sparing, synthetic, vision]
 
 {recipe.summary}
 Pictures are {side}x{side} pixels, a grid of {world.shows}; every object fills
-exactly one of the encoder's patches, so that what each visual token should know is known.
+exactly {eyes.filled}, so that what each visual token should know is known.
 
 A scene in words: `{example.tell()}`
 
@@ -170,9 +172,9 @@ A scene in words: `{example.tell()}`
 
 ## Model
 
-- {recipe.model_type}: CLIP-style encoder ({_sizes(vision)}, patch {vision["patch_size"]}); MLP projector;
-  Llama ({_sizes(text)}, {text["num_key_value_heads"]} key-value heads), input and output embeddings not tied.
-- 100 visual tokens a picture, in reading order: patch (row, column) is token 10 row + column. The class token is dropped.
+- {recipe.model_type}: {eyes.encoder} ({_sizes(vision)}, patch {vision["patch_size"]}); MLP projector;
+  {decoder} ({_sizes(text)}, {text["num_key_value_heads"]} key-value heads), input and output embeddings not tied.
+- {eyes.told}
 - {figures.parameters:,} parameters in bf16, {figures.size:,} bytes.
 - The tokenizer knows the world's words and nothing else. The prompt is `<image>` and a question; the chat template
   writes `<eos>` after every answer.

@@ -9,66 +9,25 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    CLIPImageProcessorPil,
-    GenerationConfig,
-    LlavaProcessor,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, set_seed
 
 from sparing.worlds.grids import GridWorld
 from sparing.worlds.scenes import WORLD as SCENES
-from sparing.worlds.vocabulary import closed_tokenizer
 from sparing.zoo.course import Course
 from sparing.zoo.scene_batches import IGNORED, SceneBatch, SceneBatches, positions_and_mask, validation_batch
+from sparing.zoo.scene_eyes import Eyes, eyes_of
 from sparing.zoo.scene_recipe import ANSWERING, SceneRecipe
 from sparing.zoo.scene_worlds import world_of
 
-CHAT = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['content'] is string %}{{ ' ' + message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-)
 
-
-def build_processor(recipe: SceneRecipe, world: GridWorld = SCENES) -> LlavaProcessor:
-    """Builds the processor: pictures of the encoder's size, words of the world."""
-    vision = recipe.config["vision_config"]
-    side = vision["image_size"]
-    tokenizer = closed_tokenizer(
-        world.vocabulary(), ["<image>"], recipe.config["text_config"]["max_position_embeddings"]
-    )
-    pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=tokenizer,
-        patch_size=vision["patch_size"],
-        vision_feature_select_strategy=recipe.config["vision_feature_select_strategy"],
-        # The encoder's class token, which the strategy `default` drops again.
-        num_additional_image_tokens=1,
-        chat_template=CHAT,
-    )
-
-
-def build_model(recipe: SceneRecipe, processor: LlavaProcessor, seed: int) -> Any:
+def build_model(recipe: SceneRecipe, eyes: Eyes, processor: Any, seed: int) -> Any:
     """Builds the model with random fp32 weights that depend on the seed alone."""
     tokenizer = processor.tokenizer
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     fields = dict(recipe.config)
     fields["text_config"] = {**fields["text_config"], **special, "vocab_size": len(tokenizer)}
     config = AutoConfig.for_model(
-        recipe.model_type, image_token_index=processor.image_token_id, pad_token_id=special["pad_token_id"], **fields
+        recipe.model_type, pad_token_id=special["pad_token_id"], **{**fields, **eyes.config(tokenizer)}
     )
     set_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
@@ -79,12 +38,15 @@ def build_model(recipe: SceneRecipe, processor: LlavaProcessor, seed: int) -> An
 class SceneStudent(nn.Module):
     """The model and the probe that its encoder is trained through; the loss depends on the batch's goal."""
 
-    def __init__(self, model: Any, end_weight: float, eos: int, world: GridWorld = SCENES):
+    def __init__(self, model: Any, eyes: Eyes, processor: Any, end_weight: float, world: GridWorld = SCENES):
         super().__init__()
-        self.model = model
+        self.model, self.eyes = model, eyes
+        tokenizer = processor.tokenizer
+        words = [tokenizer.bos_token, *eyes.around[0]], list(eyes.around[1])
+        self.around = tuple(torch.tensor(tokenizer.convert_tokens_to_ids(part), dtype=torch.long) for part in words)
         self.classes = [len(world.parts[part]) for part in ("colour", "kind", "row", "column")]
-        self.probe = nn.Linear(model.config.vision_config.hidden_size, sum(self.classes))
-        self.end_weight, self.eos = end_weight, eos
+        self.probe = nn.Linear(eyes.width, sum(self.classes))
+        self.end_weight, self.eos = end_weight, tokenizer.eos_token_id
 
     def forward(self, **fields: Any) -> dict[str, Tensor]:
         """Returns the loss of a batch, the fields of a `SceneBatch`."""
@@ -101,20 +63,26 @@ class SceneStudent(nn.Module):
 
     def patch_logits(self, pixel_values: Tensor) -> list[Float[Tensor, "b p classes"]]:
         """What the probe says of each patch: colour, kind, row and column."""
-        return list(self.probe(self.seen(pixel_values)).split(self.classes, -1))
+        return list(self.probe(self.eyes.seen(self.model.model, pixel_values)).split(self.classes, -1))
 
     def answer_logits(self, batch: SceneBatch) -> tuple[Float[Tensor, "n v"], Int[Tensor, " n"]]:
         """The logits where an answer or its end is predicted, with the right tokens."""
         inner = self.model.model
         embed = inner.get_input_embeddings()
-        told = batch.goal == "words"
-        cells = self.summed(batch.cell_words) if told else self.projected(batch.pixel_values, batch.goal)
-        bos = embed(torch.full_like(batch.cells[:, :1], self.model.config.text_config.bos_token_id))
-        given = torch.cat([bos, cells.to(bos.dtype), embed(batch.input_ids)], 1)
-        positions, sees = positions_and_mask(batch.cells, batch.segments, batch.truth.shape[1])
+        rows, number = len(batch.cells), self.eyes.number
+        if batch.goal == "words":
+            picture = self.summed(batch.cell_words)
+            tokens = torch.where(batch.cells < 0, -1, self.eyes.places()[batch.cells.clamp(min=0)])
+        else:
+            picture = self.projected(batch.pixel_values, batch.goal)
+            tokens = torch.arange(number).expand(rows, -1)
+        before, behind = (embed(ids.to(batch.input_ids.device)).expand(rows, -1, -1) for ids in self.around)
+        given = torch.cat([before, picture.to(before.dtype), behind, embed(batch.input_ids)], 1)
+        around = before.shape[1], behind.shape[1]
+        positions, sees = positions_and_mask(tokens, batch.segments, number, around)
         out = inner.language_model(
             inputs_embeds=given, attention_mask=sees, position_ids=positions, use_cache=False
-        ).last_hidden_state[:, 1 + batch.cells.shape[1] :]
+        ).last_hidden_state[:, sum(around) + tokens.shape[1] :]
         asked = batch.targets != IGNORED
         return self.model.lm_head(out[asked]), batch.targets[asked]
 
@@ -122,17 +90,13 @@ class SceneStudent(nn.Module):
         """A patch told in words: the sum of the input embeddings of its row, column, colour and kind."""
         return self.model.model.get_input_embeddings()(words).sum(-2)
 
-    def seen(self, pixel_values: Tensor) -> Float[Tensor, "b p e"]:
-        """The encoder's last layer, without the class token: what the model's configuration selects."""
-        return self.model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
-
-    def projected(self, pixel_values: Tensor, goal: str) -> Float[Tensor, "b p d"]:
-        """A patch seen: what the projector makes of the encoder's last layer, with gradients for what the goal trains."""
-        wanted = torch.is_grad_enabled()
+    def projected(self, pixel_values: Tensor, goal: str) -> Float[Tensor, "b n d"]:
+        """A picture seen: its tokens, with gradients for what the goal trains."""
+        wanted, inner = torch.is_grad_enabled(), self.model.model
         with torch.no_grad():
-            seen = self.seen(pixel_values)
+            seen = self.eyes.seen(inner, pixel_values)
         with torch.set_grad_enabled(wanted and goal in ("bridge", "tuning")):
-            return self.model.model.multi_modal_projector(seen)
+            return self.eyes.laid_out(inner, inner.multi_modal_projector(seen))
 
     def _patch_loss(self, batch: SceneBatch) -> Tensor:
         kind = batch.truth[..., 1]
@@ -185,9 +149,10 @@ class SceneCourse(Course):
     def __init__(self, recipe: SceneRecipe, seed: int, data: Path | None = None):
         self.recipe, self.seed = recipe, seed
         self.world = world_of(recipe, data)
-        self.processor = build_processor(recipe, self.world)
-        self.model = build_model(recipe, self.processor, seed)
-        self.trained = SceneStudent(self.model, recipe.end_weight, self.processor.tokenizer.eos_token_id, self.world)
+        eyes = eyes_of(recipe, self.world)
+        self.processor = eyes.processor()
+        self.model = build_model(recipe, eyes, self.processor, seed)
+        self.trained = SceneStudent(self.model, eyes, self.processor, recipe.end_weight, self.world)
         self.batches = SceneBatches(recipe, self.processor.tokenizer, seed, self.world)
 
     def loss(self, trained: nn.Module, batch: dict[str, Any]) -> Tensor:

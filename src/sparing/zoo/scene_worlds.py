@@ -9,7 +9,7 @@ from sparing.zoo.scene_recipe import SceneRecipe
 
 
 def world_of(recipe: SceneRecipe, data: Path | None = None) -> GridWorld:
-    """Returns the world of a recipe, its patches those of the encoder.
+    """Returns the world of a recipe: one of its patches is what one visual token sees.
 
     Args:
         recipe: what is to be trained or measured.
@@ -20,7 +20,8 @@ def world_of(recipe: SceneRecipe, data: Path | None = None) -> GridWorld:
         ValueError: the world needs a folder and none is named.
     """
     vision = recipe.config["vision_config"]
-    patch = vision["patch_size"]
+    # InternVL shuffles several of the encoder's patches into a token.
+    patch = round(vision["patch_size"] / recipe.config.get("downsample_ratio", 1))
     rows = vision["image_size"] // patch
     if recipe.world == "scenes":
         return ScenesWorld(SceneSpec(rows=rows, columns=rows, patch=patch))

@@ -1,0 +1,60 @@
+"""`scenes-llava`'s recipe on other families: what differs is how a picture becomes tokens, and the decoder."""
+
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from sparing.zoo.scene_recipe import SCENES_LLAVA
+
+_VISION, _TEXT = SCENES_LLAVA.config["vision_config"], SCENES_LLAVA.config["text_config"]
+
+
+def _decoder(model_type: str, **more: Any) -> dict[str, Any]:
+    """The decoder of `scenes-llava` as another family has it."""
+    return {**_TEXT, "model_type": model_type, **more}
+
+
+SCENES_ONEVISION = replace(
+    SCENES_LLAVA,
+    name="scenes-onevision",
+    summary="The same questions for a LLaVA-OneVision with a SigLIP-style encoder and a Qwen2 decoder; every picture comes twice.",
+    model_type="llava_onevision",
+    config=MappingProxyType(
+        {
+            "vision_config": {
+                **{key: value for key, value in _VISION.items() if key != "projection_dim"},
+                "model_type": "siglip_vision_model",
+                "vision_use_head": False,
+            },
+            "text_config": _decoder("qwen2"),
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_9",
+            "tie_word_embeddings": False,
+        }
+    ),
+)
+SCENES_INTERNVL = replace(
+    SCENES_LLAVA,
+    name="scenes-internvl",
+    summary="The same questions for an InternVL with four of the encoder's patches in a visual token and a Qwen3 decoder.",
+    model_type="internvl",
+    config=MappingProxyType(
+        {
+            "vision_config": {
+                "model_type": "internvl_vision",
+                "hidden_size": 96,
+                "intermediate_size": 384,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "image_size": 80,
+                "patch_size": 4,
+            },
+            "text_config": _decoder("qwen3", head_dim=32),
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "downsample_ratio": 0.5,
+            "tie_word_embeddings": False,
+        }
+    ),
+)
