@@ -6,7 +6,21 @@ from collections.abc import Callable
 import torch
 
 from sparing.plan import Policy
-from sparing.policies import DLLM, DropTokens, EnterLate, FastV, MoD, PyramidDrop, SkipGPT, SkipModules, ViCA, WaitKMask
+from sparing.policies import (
+    DART,
+    DLLM,
+    DivPrune,
+    DropTokens,
+    EnterLate,
+    FastV,
+    MoD,
+    PyramidDrop,
+    SkipGPT,
+    SkipModules,
+    SparseVLM,
+    ViCA,
+    WaitKMask,
+)
 from sparing.tokens import Group, TokenMap
 
 
@@ -95,6 +109,11 @@ CASES = [
     PolicyCase("fastv-all", lambda m: FastV(1, 0.4, rank_by="all", chunk=5), pictures=True),
     PolicyCase("fastv-text", lambda m: FastV(1, 0.5, groups=[Group.TEXT])),
     PolicyCase("pyramid-drop", lambda m: PyramidDrop([1, 2], [0.7, 0.5]), pictures=True),
+    PolicyCase("drop-uniform", lambda m: DropTokens(groups=[Group.IMAGE], keep=0.5, choose="uniform"), pictures=True),
+    PolicyCase("div-prune", lambda m: DivPrune(0.5), pictures=True),
+    PolicyCase("dart", lambda m: DART(2, 0.6, image_pivots=2, text_pivots=1), pictures=True),
+    PolicyCase("sparse-vlm", lambda m: SparseVLM([0, 1], [0.7, 0.4], recycle=0.5, clusters=0.3), pictures=True),
+    PolicyCase("sparse-vlm-adaptive", lambda m: SparseVLM.paper([0], adaptive=0.8), pictures=True),
     PolicyCase("skipgpt-linear", seeded(SkipGPT.for_model)),
     PolicyCase("skipgpt-mlp", seeded(lambda m: SkipGPT.for_model(m, "release", sample=False, feed_reads="residual"))),
     PolicyCase("mod-release", seeded(lambda m: MoD.for_model(m, capacity=0.6))),

@@ -65,6 +65,13 @@ class Policy(abc.ABC):
         """
         return kept_arguments(self)
 
+    def picture_shares(self, depth: int) -> tuple[float, ...] | None:
+        """Share of the picture tokens that each of `depth` layers computes and reads; `None` where only a run tells.
+
+        Counts are rounded in a run, so this is what a budget is planned with (`sparing.policies.at_share`); the ledger counts.
+        """
+        return None
+
     def conflict(self, other: Policy) -> str | None:
         """Why this policy contradicts `other`, and how to mend it; `None` if it does not."""
         return None

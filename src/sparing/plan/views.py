@@ -64,6 +64,14 @@ class View(abc.ABC):
         """
 
     @abc.abstractmethod
+    def keys(self) -> Float[Tensor, "b kv_heads t head_dim"]:
+        """This layer's keys of the new tokens, as attention reads them (rotated), whoever may read them."""
+
+    @abc.abstractmethod
+    def final_norm(self, states: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """What the norm behind the last layer makes of these states."""
+
+    @abc.abstractmethod
     def shared(self, name: str, build: Callable[[], Tensor], owner: object) -> Tensor:
         """A tensor that is the same in every layer of this pass, built once. Executors share what they derive from it."""
 

@@ -1,6 +1,8 @@
 """Who decides: one paper, one file. And `OfClass`, which chooses tokens for those that decide by `where=`."""
 
 from sparing.policies.d_llm import DLLM
+from sparing.policies.dart import DART
+from sparing.policies.div_prune import DivPrune
 from sparing.policies.drop_tokens import DropTokens
 from sparing.policies.enter_late import EnterLate
 from sparing.policies.fast_v import FastV
@@ -9,11 +11,14 @@ from sparing.policies.of_class import OfClass
 from sparing.policies.pyramid_drop import PyramidDrop
 from sparing.policies.skip_gpt import SkipGPT
 from sparing.policies.skip_modules import SkipModules
+from sparing.policies.sparse_vlm import SparseVLM
 from sparing.policies.vica import ViCA
 from sparing.policies.wait_k import WaitKMask
 
 __all__ = [
+    "DART",
     "DLLM",
+    "DivPrune",
     "DropTokens",
     "EnterLate",
     "FastV",
@@ -22,6 +27,7 @@ __all__ = [
     "PyramidDrop",
     "SkipGPT",
     "SkipModules",
+    "SparseVLM",
     "ViCA",
     "WaitKMask",
 ]
