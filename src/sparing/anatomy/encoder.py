@@ -29,7 +29,8 @@ class EncoderAnatomy(Anatomy):
     def encoder_attentions(self) -> Sequence[HFModule]:
         """The attention modules of the encoder's layers."""
         encoder: Any = self.vision_encoder
-        return [layer.self_attn for layer in getattr(encoder, "vision_model", encoder).encoder.layers]
+        encoder = getattr(getattr(encoder, "vision_model", encoder), "encoder", None)
+        return [layer.self_attn for layer in getattr(encoder, "layers", ()) if hasattr(layer, "self_attn")]
 
     @property
     def projected_layer(self) -> int:
@@ -99,7 +100,7 @@ class EncoderAnatomy(Anatomy):
         """What `token_projector` read, for the image tokens of a batch in order: -> `[n c]`, NaN in newlines."""
         return read.flatten(0, -2)
 
-    def project(self, behind: Tensor) -> Tensor:
+    def project_tokens(self, behind: Tensor) -> Tensor:
         """What `token_projector` makes of it: `[n c]` -> `[n d]`."""
         return self.token_projector(behind)
 

@@ -156,7 +156,7 @@ class QwenVLAnatomy(VisionAnatomy):
             read.unflatten(0, (-1, self.config.vision_config.spatial_merge_size**2)).flatten(1), inputs
         )
 
-    def project(self, behind: Tensor) -> Tensor:
+    def project_tokens(self, behind: Tensor) -> Tensor:
         """As in `EncoderAnatomy`: the merger takes patches."""
         patches = behind.unflatten(-1, (self.config.vision_config.spatial_merge_size**2, -1))
         return self.token_projector(patches.flatten(0, 1))

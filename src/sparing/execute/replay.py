@@ -47,6 +47,11 @@ class Recorder(Policy):
         """As `inner`."""
         return self.inner.looks_back
 
+    @property
+    def looks_at_encoder(self) -> tuple[int | float | None, ...]:  # type: ignore[override]
+        """As `inner`."""
+        return self.inner.looks_at_encoder
+
     def validate(self, shape: ModelShape) -> None:
         """As `inner`."""
         self.inner.validate(shape)

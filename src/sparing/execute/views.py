@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparing.anatomy.encoder import EncoderLayer
+from sparing.execute.encoder import EncoderNotes
 from sparing.execute.visibility import capped, visible
 from sparing.plan import LayerPlan, ModelShape, PromptView, View
 
@@ -176,3 +178,27 @@ class StartView(PromptView):
     def encoder_features(self) -> Any:
         """The vision encoder's output."""
         return self._run.encoder_features
+
+    def encoder_attention(self, layer: EncoderLayer = None) -> Tensor:
+        """Attention received in the vision encoder."""
+        return self._asked(lambda notes: notes.attention(layer, self.tokens))
+
+    def encoder_keys(self, layer: EncoderLayer = None) -> Tensor:
+        """Keys in the vision encoder."""
+        return self._asked(lambda notes: notes.keys(layer, self.tokens))
+
+    def encoder_states(self) -> Tensor:
+        """What the projector read."""
+        return self._asked(lambda notes: notes.states(self.tokens))
+
+    def project(self, states: Tensor) -> Tensor:
+        """The projector."""
+        return self._asked(lambda notes: notes.project(states))
+
+    def _asked(self, what: Callable[[EncoderNotes], Tensor]) -> Tensor:
+        """What the notes tell, its cost booked."""
+        notes: EncoderNotes = self._run.encoder
+        notes.flops = 0
+        found = what(notes)
+        self.spend(notes.flops)
+        return found

@@ -26,6 +26,10 @@ class Policy(abc.ABC):
     looks_back: bool = False
     """Whether `plan_feed` asks for this layer's `scores` (the executor then keeps the layer's input)."""
 
+    looks_at_encoder: tuple[int | float | None, ...] = ()
+    """Layers of the vision encoder of which `start` asks for more than its output: numbers (negative from the end), shares of its
+    depth, or `None` for the layer whose output is projected. The executor notes what enters these."""
+
     @property
     def decodes(self) -> bool:
         """Whether it is asked while decoding. Override where the rule for a decoded token is another one than at prefill."""
@@ -108,6 +112,11 @@ class Composed(Policy):
     def looks_back(self) -> bool:  # type: ignore[override]
         """Whether any part does."""
         return any(p.looks_back for p in self._parts)
+
+    @property
+    def looks_at_encoder(self) -> tuple[int | float | None, ...]:  # type: ignore[override]
+        """The layers that any part looks at."""
+        return tuple(layer for p in self._parts for layer in p.looks_at_encoder)
 
     def parts(self) -> tuple[Policy, ...]:
         """The policies this one is made of, in order."""

@@ -1,5 +1,6 @@
 """Who decides: one paper, one file. And `OfClass`, which chooses tokens for those that decide by `where=`."""
 
+from sparing.policies.cd_pruner import CDPruner
 from sparing.policies.d_llm import DLLM
 from sparing.policies.dart import DART
 from sparing.policies.div_prune import DivPrune
@@ -12,12 +13,16 @@ from sparing.policies.pyramid_drop import PyramidDrop
 from sparing.policies.skip_gpt import SkipGPT
 from sparing.policies.skip_modules import SkipModules
 from sparing.policies.sparse_vlm import SparseVLM
+from sparing.policies.v_scan import VScan
 from sparing.policies.vica import ViCA
+from sparing.policies.vis_pruner import VisPruner
+from sparing.policies.vision_zip import VisionZip
 from sparing.policies.wait_k import WaitKMask
 
 __all__ = [
     "DART",
     "DLLM",
+    "CDPruner",
     "DivPrune",
     "DropTokens",
     "EnterLate",
@@ -28,6 +33,9 @@ __all__ = [
     "SkipGPT",
     "SkipModules",
     "SparseVLM",
+    "VScan",
     "ViCA",
+    "VisPruner",
+    "VisionZip",
     "WaitKMask",
 ]

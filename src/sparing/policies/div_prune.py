@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparing.plan import PromptView
-from sparing.policies.pictures import PicturePruning
+from sparing.policies.pictures import PicturePruning, rows_at
 from sparing.tokens import ImageSpan
 
 
@@ -41,7 +41,7 @@ class DivPrune(PicturePruning):
         self, view: PromptView, layout: ImageSpan, rows: Int[Tensor, " p"], index: Int[Tensor, "p n"], count: int
     ) -> Int[Tensor, "p count"]:
         """The most diverse tokens."""
-        states = view.embeds[rows[:, None], index].detach().float()
+        states = rows_at(view.embeds, rows, index).detach().float()
         pictures, size, width = states.shape
         view.spend(2 * pictures * size * size * width)
         unit = torch.nn.functional.normalize(states, dim=-1)

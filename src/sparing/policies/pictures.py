@@ -6,7 +6,7 @@ import abc
 import math
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparing.plan import Policy, PromptView
@@ -96,3 +96,14 @@ def alike(tokens: TokenMap) -> list[tuple[ImageSpan, Tensor, Tensor]]:
         (layout, torch.tensor([r for r, _ in each], device=device), torch.stack([i for _, i in each]).to(device))
         for layout, each in found.items()
     ]
+
+
+def rows_at(values: Float[Tensor, "b t *c"], rows: Int[Tensor, " p"], index: Int[Tensor, "p n"]) -> Tensor:
+    """What the tokens `index` of pictures in `rows` have, `[p n *c]`."""
+    return values[rows[:, None], index]
+
+
+def others_than(chosen: Int[Tensor, "p c"], size: int) -> Int[Tensor, "p m"]:
+    """The places among `size` that are not chosen, in order."""
+    mark = torch.zeros(len(chosen), size, dtype=torch.int8, device=chosen.device).scatter(1, chosen, 1)
+    return mark.argsort(dim=1, stable=True)[:, : size - chosen.shape[1]]
