@@ -21,6 +21,7 @@ class Recorder(Policy):
     Attributes:
         weights: weights by (first index of the pass, layer, "attend" | "feed" | "block").
         rewrites: what rewrites a layer's input, by (first index of the pass, number of its tokens, layer).
+        embeds: `[b t d]`, the prompt's embeddings, where they were rewritten.
         capacities: every promise made.
         tokens: the map of all tokens so far.
     """
@@ -29,6 +30,7 @@ class Recorder(Policy):
         self.inner = inner
         self.weights: dict[tuple[int, int, str], Tensor] = {}
         self.rewrites: dict[tuple[int, int, int], Rewrites] = {}
+        self.embeds: Tensor | None = None
         self.capacities: list[int] = []
         self.tokens: TokenMap | None = None
 
@@ -61,8 +63,11 @@ class Recorder(Policy):
         return self.inner.idle(tokens)
 
     def start(self, view: PromptView) -> None:
-        """As `inner`."""
+        """As `inner`; rewritten embeddings are noted."""
+        before = view.embeds
         self.inner.start(view)
+        if view.embeds is not before:
+            self.embeds = view.embeds.detach()
 
     def plan_attend(self, view: View) -> LayerPlan:
         """As `inner`, noted."""
@@ -100,7 +105,13 @@ class Replay(Policy):
         self.feed = [ledger.feed(layer) for layer in range(depth)]
         self.may = [readable_pairs(ledger, layer) for layer in range(depth)]
         self._weights = [{name: _weight(ledger, recorders, layer, name) for name in WEIGHTS} for layer in range(depth)]
+        self._embeds = next((r.embeds for r in reversed(recorders) if r.embeds is not None), None)
         self._rewrites = [noted for recorder in recorders for noted in recorder.rewrites.items()]
+
+    def start(self, view: PromptView) -> None:
+        """The prompt's embeddings, as they were left."""
+        if self._embeds is not None:
+            view.embeds = torch.cat([self._embeds, view.embeds[:, self._embeds.shape[1] :]], dim=1)
 
     def plan_attend(self, view: View) -> LayerPlan:
         """One layer, as it was."""

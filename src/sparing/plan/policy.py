@@ -70,11 +70,15 @@ class Policy(abc.ABC):
         return kept_arguments(self)
 
     def picture_shares(self, depth: int) -> tuple[float, ...] | None:
-        """Share of the picture tokens that each of `depth` layers computes and reads; `None` where only a run tells.
+        """Share of the picture tokens that each of `depth` layers computes; `None` where only a run tells.
 
-        Counts are rounded in a run, so this is what a budget is planned with (`sparing.policies.at_share`); the ledger counts.
+        A run keeps whole numbers of tokens; this is what budgets are planned with (`sparing.policies.budget`).
         """
         return None
+
+    def picture_reads(self, depth: int) -> tuple[float, ...] | None:
+        """Share of the picture tokens whose keys each layer reads: those that it computes, where nothing else is said."""
+        return self.picture_shares(depth)
 
     def conflict(self, other: Policy) -> str | None:
         """Why this policy contradicts `other`, and how to mend it; `None` if it does not."""

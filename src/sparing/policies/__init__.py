@@ -1,4 +1,7 @@
-"""Who decides: one paper, one file. And `OfClass`, which chooses tokens for those that decide by `where=`."""
+"""Who decides: one paper, one file. And `OfClass`, which chooses tokens for those that decide by `where=`.
+
+`sparing.policies.budget` finds settings that cost the same.
+"""
 
 from sparing.policies.cd_pruner import CDPruner
 from sparing.policies.d_llm import DLLM
