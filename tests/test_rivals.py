@@ -77,7 +77,7 @@ ALL = [
     VisPruner(0.5),
     VScan(0.5, 2, 0.9),
     DART(2, 0.5),
-    SparseVLM([1], [0.5]),
+    SparseVLM([1], [0.5], recycle=0),
     DropTokens(groups=[Group.IMAGE], keep=0.5, choose="uniform"),
 ]
 
