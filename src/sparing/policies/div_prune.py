@@ -26,7 +26,7 @@ class DivPrune(PicturePruning):
     Paper: DivPrune (2503.02175), algorithm 1 on the max-min diversity problem; the main results keep 9.8% before the first layer.
     Differs: the release handles one picture a row, in a batch of one; newline tokens (LLaVA-NeXT) compete there like any other,
         here they stay. It can prune at a later layer too (`LAYER_INDEX`); the paper's results are before the first. Distances are
-        in float32 here.
+        in float32 here, and of two tokens that are each other's nearest, which tie as the first choice, the earlier one is taken.
     """
 
     def __init__(self, keep: float = 0.098) -> None:
@@ -45,7 +45,9 @@ class DivPrune(PicturePruning):
         pictures, size, width = states.shape
         view.spend(2 * pictures * size * size * width)
         unit = torch.nn.functional.normalize(states, dim=-1)
-        return most_diverse(1 - unit @ unit.mT, count)
+        cosine = unit @ unit.mT
+        # Two tokens that are each other's nearest are equally far: exactly so, or rounding would choose between them.
+        return most_diverse(1 - (cosine + cosine.mT) / 2, count)
 
     def __repr__(self) -> str:
         """As constructed."""
