@@ -6,7 +6,25 @@ from collections.abc import Callable
 import torch
 
 from sparing.plan import Policy
-from sparing.policies import DLLM, DropTokens, EnterLate, FastV, MoD, PyramidDrop, SkipGPT, SkipModules, ViCA, WaitKMask
+from sparing.policies import (
+    DART,
+    DLLM,
+    CDPruner,
+    DivPrune,
+    DropTokens,
+    EnterLate,
+    FastV,
+    MoD,
+    PyramidDrop,
+    SkipGPT,
+    SkipModules,
+    SparseVLM,
+    ViCA,
+    VisionZip,
+    VisPruner,
+    VScan,
+    WaitKMask,
+)
 from sparing.tokens import Group, TokenMap
 
 
@@ -95,6 +113,15 @@ CASES = [
     PolicyCase("fastv-all", lambda m: FastV(1, 0.4, rank_by="all", chunk=5), pictures=True),
     PolicyCase("fastv-text", lambda m: FastV(1, 0.5, groups=[Group.TEXT])),
     PolicyCase("pyramid-drop", lambda m: PyramidDrop([1, 2], [0.7, 0.5]), pictures=True),
+    PolicyCase("drop-uniform", lambda m: DropTokens(groups=[Group.IMAGE], keep=0.5, choose="uniform"), pictures=True),
+    PolicyCase("div-prune", lambda m: DivPrune(0.5), pictures=True),
+    PolicyCase("cd-pruner", lambda m: CDPruner(0.5), pictures=True),
+    PolicyCase("vis-pruner", lambda m: VisPruner(0.6, important=0.4), pictures=True),
+    PolicyCase("vision-zip", lambda m: VisionZip(0.6, contextual=0.4), pictures=True),
+    PolicyCase("v-scan", lambda m: VScan(0.7, 1, 0.6, window=2, local_layer=-1), pictures=True),
+    PolicyCase("dart", lambda m: DART(2, 0.6, image_pivots=2, text_pivots=1), pictures=True),
+    PolicyCase("sparse-vlm", lambda m: SparseVLM([0, 1], [0.7, 0.4], recycle=0.5, clusters=0.3), pictures=True),
+    PolicyCase("sparse-vlm-adaptive", lambda m: SparseVLM.paper([0], adaptive=0.8), pictures=True),
     PolicyCase("skipgpt-linear", seeded(SkipGPT.for_model)),
     PolicyCase("skipgpt-mlp", seeded(lambda m: SkipGPT.for_model(m, "release", sample=False, feed_reads="residual"))),
     PolicyCase("mod-release", seeded(lambda m: MoD.for_model(m, capacity=0.6))),
@@ -105,6 +132,7 @@ CASES = [
     PolicyCase("wait-k", lambda m: WaitKMask(2), regroup=streamed),
     PolicyCase("wait-k-interleaved", lambda m: WaitKMask(1), regroup=interleaved),
     PolicyCase("vica-and-fastv", lambda m: ViCA([0, 1], prefix=1) & FastV(2, 0.5), pictures=True),
+    PolicyCase("vica-and-vision-zip", lambda m: ViCA([0, 2]) & VisionZip(0.6, contextual=0.4), pictures=True),
     PolicyCase("skipgpt-and-pyramid", lambda m: seeded(SkipGPT.for_model)(m) & PyramidDrop([1], 0.5), pictures=True),
     PolicyCase("mod-and-drop", lambda m: seeded(MoD.for_model)(m) & DropTokens(wide)),
 ]

@@ -20,7 +20,8 @@ from sparing.policies import DropTokens, SkipModules
 from sparing.study.pages.check_page import render_check
 from sparing.tokens import Group
 
-VISION = ["EnterLate", "ViCA", "FastV", "PyramidDrop"]
+RIVALS = ["SparseVLM", "DART", "DivPrune", "CDPruner", "VisionZip", "VisPruner", "VScan"]
+VISION = ["EnterLate", "ViCA", "FastV", "PyramidDrop", *RIVALS]
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -263,6 +263,11 @@ class Anatomy(abc.ABC):
             `None` where the family cannot tell.
         """
         return None
+
+    @property
+    def encoder_attentions(self) -> Sequence[HFModule]:
+        """The attention modules of the vision encoder's layers, in order; empty where the family cannot tell."""
+        return ()
 
     @property
     def projector(self) -> tuple[HFModule, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from sparing.anatomy.vision import VisionAnatomy, both_sides, largest_of_block, transformer_flops
+from sparing.anatomy.base import HFModule
+from sparing.anatomy.encoder import Fold, folded
+from sparing.anatomy.vision import VisionAnatomy, both_sides, transformer_flops
 from sparing.tokens import ImageSpan
 
 
@@ -18,6 +20,7 @@ class InternVLAnatomy(VisionAnatomy):
     """
 
     model_types = ("internvl",)
+    class_token = True
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -30,9 +33,21 @@ class InternVLAnatomy(VisionAnatomy):
         height, width = self.grid
         return ImageSpan(0, height * width, self.grid)
 
-    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """A token has the largest of the patches that are shuffled into it."""
-        return largest_of_block(self.patch_features(features).float().norm(dim=-1), self.grid).flatten()
+    @property
+    def encoder_attentions(self) -> Sequence[HFModule]:
+        """The attention modules of the encoder's layers."""
+        return [layer.attention for layer in self.vision_encoder.encoder.layer]
+
+    def encoder_query_key(self, layer: int, asking: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `EncoderAnatomy`, with the norms that some of these encoders have."""
+        attention = self.encoder_attentions[layer]
+        query, key = attention.q_norm(attention.q_proj(asking)), attention.k_norm(attention.k_proj(asked))
+        size = (-1, attention.head_dim)
+        return query.unflatten(-1, size) * attention.scale, key.unflatten(-1, size)
+
+    def of_tokens(self, values: Tensor, inputs: Mapping[str, Any], fold: Fold) -> Tensor:
+        """A token covers the patches that are shuffled into it."""
+        return folded(self.read_positions(values), self.grid, fold).flatten(0, 1)
 
     def encoder_flops(self) -> int:
         """One tile: patch embedding, all layers (class token included), and the projector after the shuffle."""

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
 from sparing.anatomy.vision import VisionAnatomy, transformer_flops
 from sparing.tokens import ImageSpan
 
@@ -21,9 +16,10 @@ class LlavaAnatomy(VisionAnatomy):
         (height, width), extra = self.grid, int(self.config.vision_feature_select_strategy == "full")
         return ImageSpan(0, height * width + extra, self.grid, offset=extra)
 
-    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """One patch, or the class token, a token."""
-        return self.patch_features(features).float().norm(dim=-1).flatten()
+    @property
+    def class_token(self) -> bool:  # type: ignore[override]
+        """CLIP has one, SigLIP has not."""
+        return self.config.vision_config.model_type == "clip_vision_model"
 
     def encoder_flops(self) -> int:
         """Patch embedding, all layers (the tower runs them, whichever one is read), and the projector."""

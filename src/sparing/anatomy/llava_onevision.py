@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
+from sparing.anatomy.encoder import Fold
 from sparing.anatomy.vision import VisionAnatomy, transformer_flops
 from sparing.tokens import ImageSpan
 
@@ -105,23 +106,31 @@ class LlavaOnevisionAnatomy(VisionAnatomy):
             for layout, tiles in zip(layouts, inputs["pixel_values"], strict=True)
         ]
 
-    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
+    def of_tokens(self, values: Tensor, inputs: Mapping[str, Any], fold: Fold) -> Tensor:
         """Packed as the model packs the features themselves: unpadded, scaled down, and a newline (NaN) after each row."""
+        return self._packed(self.read_positions(values), inputs)
+
+    def behind_tokens(self, read: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """As in `EncoderAnatomy`. Very large pictures are scaled down behind the projector: there it is the mean of what it read."""
+        return self._packed(read, inputs)
+
+    def _packed(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """`[tiles patches c]` -> `[n c]`."""
         sizes, counts = inputs["image_sizes"], inputs.get("batch_num_images")
         alone = [True] * len(sizes) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
-        inner = self.model.model
         tiles = [
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
             if one
             else 1
             for size, one in zip(sizes, alone, strict=True)
         ]
-        norms = self.patch_features(features).float().norm(dim=-1, keepdim=True).split(tiles)
-        newline = norms[0].new_full((1,), math.nan)
-        packed, _ = inner.pack_image_features(
-            norms, sizes, image_newline=newline, vision_aspect_ratio=self.config.vision_aspect_ratio
+        packed, _ = self.model.model.pack_image_features(
+            values.split(tiles),
+            sizes,
+            image_newline=values.new_full((values.shape[-1],), math.nan),
+            vision_aspect_ratio=self.config.vision_aspect_ratio,
         )
-        return torch.cat(packed).flatten()
+        return torch.cat(packed)
 
     def encoder_flops(self) -> int:
         """One tile: patch embedding, all layers, and the projector. Not counted: the scaling down of very large pictures."""

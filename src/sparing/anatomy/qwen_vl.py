@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparing.anatomy.base import HFModule
+from sparing.anatomy.encoder import Fold
 from sparing.anatomy.vision import VisionAnatomy, both_sides, transformer_flops
 from sparing.tokens import ImageSpan, TokenMap
 
@@ -118,10 +120,50 @@ class QwenVLAnatomy(VisionAnatomy):
         """Cosines and sines `[b t head_dim]`, each part of a head turned by its axis."""
         return super().rotary(hidden, self.positions(position_ids), kind)
 
-    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """A token has the largest of the patches that are merged into it."""
-        merge = self.config.vision_config.spatial_merge_size**2
-        return features.last_hidden_state.float().norm(dim=-1).unflatten(0, (-1, merge)).amax(1)
+    @property
+    def encoder_attentions(self) -> Sequence[HFModule]:
+        """The attention modules of the encoder's layers."""
+        return [block.attn for block in self.vision_encoder.blocks]
+
+    def encoder_query_key(self, layer: int, asking: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `EncoderAnatomy`; all patches ask."""
+        assert asking is asked, "there is no class token to ask for all"
+        attention = self.encoder_attentions[layer]
+        query, key, _ = attention.qkv(asked).unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
+        return query * attention.scaling, key
+
+    def encoder_rotate(self, layer: int, x: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """By a patch's place in its picture."""
+        rotate = sys.modules[type(self.encoder_attentions[layer]).__module__].apply_rotary_pos_emb_vision
+        return rotate(x, x, *given["position_embeddings"])[0]
+
+    def encoder_lengths(self, given: Mapping[str, Any]) -> list[int]:
+        """Pictures, or the windows of one, lie one behind the other."""
+        return given["cu_seqlens"].diff().tolist()
+
+    def encoder_states(self, features: Any) -> Tensor:
+        """What the encoder gave for every patch, `[patches d]`."""
+        return features.last_hidden_state
+
+    def of_tokens(self, values: Tensor, inputs: Mapping[str, Any], fold: Fold) -> Tensor:
+        """A token covers the patches that are merged into it: `[patches c]` -> `[n c]`."""
+        tokens = values.unflatten(0, (-1, self.config.vision_config.spatial_merge_size**2))
+        return self.in_order(tokens.mean(1) if fold == "mean" else tokens.amax(1), inputs)
+
+    def behind_tokens(self, read: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """The patches that are merged into a token, one behind the other."""
+        return self.in_order(
+            read.unflatten(0, (-1, self.config.vision_config.spatial_merge_size**2)).flatten(1), inputs
+        )
+
+    def project_tokens(self, behind: Tensor) -> Tensor:
+        """As in `EncoderAnatomy`: the merger takes patches."""
+        patches = behind.unflatten(-1, (self.config.vision_config.spatial_merge_size**2, -1))
+        return self.token_projector(patches.flatten(0, 1))
+
+    def in_order(self, tokens: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Tokens `[n c]` from the order in which the encoder keeps them to that of the prompt."""
+        return tokens
 
     def encoder_flops(self) -> int:
         """For a picture of 32 x 32 patches. The ledger counts every picture's own (`picture_flops`)."""
@@ -156,8 +198,8 @@ class Qwen2_5VLAnatomy(QwenVLAnatomy):
     model_types = ("qwen2_5_vl",)
     decoders: ClassVar[Mapping[str, str]] = {"qwen2_5_vl_text": "qwen2"}
 
-    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """As in `QwenVLAnatomy`; the encoder keeps patches by windows, and the order of tokens comes back at its end."""
+    def in_order(self, tokens: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """The encoder keeps tokens by windows, and their order comes back at its end."""
         vision, start = self.config.vision_config, 0
         (wide, _), merge, order = both_sides(vision.patch_size), vision.spatial_merge_size, []
         side = vision.window_size // merge // wide
@@ -167,8 +209,7 @@ class Qwen2_5VLAnatomy(QwenVLAnatomy):
             window = row // side * across + column // side
             order.append(start + window.flatten().argsort(stable=True))
             start += down * across
-        norms = super().feature_norms(features, inputs)
-        return norms[torch.cat(order).argsort().to(norms.device)]
+        return tokens[torch.cat(order).argsort().to(tokens.device)]
 
     def layer_flops(self, patches: int) -> int:
         """Most layers attend within windows. Windows cut by a picture's edge count as whole ones."""

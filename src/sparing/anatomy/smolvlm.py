@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparing.anatomy.base import HFModule
-from sparing.anatomy.vision import VisionAnatomy, both_sides, largest_of_block, transformer_flops
+from sparing.anatomy.encoder import Fold, folded
+from sparing.anatomy.vision import VisionAnatomy, both_sides, transformer_flops
 
 
 class SmolVLMAnatomy(VisionAnatomy):
@@ -46,9 +47,18 @@ class SmolVLMAnatomy(VisionAnatomy):
         rows = inputs["pixel_values"]
         return [self._covered(tile) for row in rows for tile in row if bool((tile != 0).any())]
 
-    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """A token has the largest of the patches that are shuffled into it."""
-        return largest_of_block(features.last_hidden_state.float().norm(dim=-1), self.grid).flatten()
+    def encoder_states(self, features: Any) -> Tensor:
+        """What the encoder gave for every patch, behind its last norm."""
+        return features.last_hidden_state
+
+    def of_tokens(self, values: Tensor, inputs: Mapping[str, Any], fold: Fold) -> Tensor:
+        """A token covers the patches that are shuffled into it."""
+        return folded(values, self.grid, fold).flatten(0, 1)
+
+    @property
+    def token_projector(self) -> HFModule:
+        """The projection behind the shuffle."""
+        return self.model.model.connector.modality_projection
 
     def encoder_flops(self) -> int:
         """One tile: patch embedding, all layers, and the projection after the shuffle. Padded patches run too, and count."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -11,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparing.anatomy.base import Anatomy, HFModule
+from sparing.anatomy.base import HFModule
+from sparing.anatomy.encoder import EncoderAnatomy
 from sparing.tokens import ImageSpan, TokenMap
 
 
-class VisionAnatomy(Anatomy):
+class VisionAnatomy(EncoderAnatomy):
     """Where a vision model keeps its encoder and its pictures.
 
     A family's adapter says only that; `anatomy_of` puts it on the adapter of the decoder inside, which knows the layers.
@@ -144,24 +144,19 @@ class VisionAnatomy(Anatomy):
             )
         return tuple(rows)
 
-    def patch_features(self, features: Any) -> Tensor:
-        """What the projector reads of the encoder's output, `[tiles patches d]`.
+    def feature_norms(self, features: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """As in `Anatomy`, of the layers that the config names."""
+        norms = self.encoder_states(features).float().norm(dim=-1, keepdim=True)
+        return self.of_tokens(norms, inputs, "max").flatten()
 
-        It is of the layer that the config names, without the class token where the config leaves that out.
-        """
+    def encoder_states(self, features: Any) -> Tensor:
+        """What the encoder gave for every position, of the layer that the config names (of all of them, joined)."""
         layer = getattr(self.config, "vision_feature_layer", -1)
         if isinstance(layer, int):
             states = features.last_hidden_state if features.hidden_states is None else features.hidden_states[layer]
         else:
             states = torch.cat([features.hidden_states[i] for i in layer], dim=-1)
-        return states[:, 1:] if self.config.vision_feature_select_strategy == "default" else states
-
-
-def largest_of_block(norms: Tensor, grid: tuple[int, int]) -> Tensor:
-    """`[tiles patches]`, square tiles of patches, to the largest norm within each token of a `grid`, `[tiles tokens]`."""
-    side = math.isqrt(norms.shape[1])
-    tiles = norms.unflatten(1, (grid[0], side // grid[0], grid[1], side // grid[1]))
-    return tiles.amax((2, 4)).flatten(1)
+        return states
 
 
 def _encoded(inputs: Mapping[str, Any], kind: str) -> Any:

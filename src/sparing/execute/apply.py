@@ -20,6 +20,7 @@ from sparing.anatomy import anatomy_of
 from sparing.execute.arrivals import new_tokens
 from sparing.execute.cache import PlannedCache, RunState
 from sparing.execute.dense import Dense
+from sparing.execute.encoder import EncoderNotes
 from sparing.execute.gathered import Gathered
 from sparing.execute.planning import Pass
 from sparing.execute.supported import OneThread, check_model, check_pass, check_rows
@@ -96,6 +97,7 @@ class Run:
         self.ledger = Ledger(self.shape)
         self._called_with: dict[str, Any] = {}
         self._features: Any = None
+        self._notes = EncoderNotes(self.anatomy, policy.looks_at_encoder)
         self._pictures: dict[str, Any] = {}
         self._encoded = 0
         self._exit = contextlib.ExitStack()
@@ -115,6 +117,7 @@ class Run:
             stack.callback(_applied.pop, decoder, None)
             if (encoder := self.anatomy.vision_encoder) is not None:
                 stack.callback(encoder.register_forward_hook(self._after_encoder).remove)
+                self._notes.install(stack)
             if (around := self.anatomy.pictures_from) is not None:
                 stack.callback(_replace(around, "get_image_features", self._of_pictures))
             if isinstance(self._executor, Dense):
@@ -131,7 +134,7 @@ class Run:
     def __exit__(self, *exc: Any) -> None:
         """Leave the model as it was."""
         self._exit.close()
-        self._called_with, self._features, self._pictures, self._encoded = {}, None, {}, 0
+        self._forget()
 
     def _check_made_for(self, policy: Composed) -> None:
         """Refuse selections that speak of another checkpoint's tokens."""
@@ -185,7 +188,7 @@ class Run:
         encoded = kwargs.get("mm_encoder_outputs")
         if encoded is None or (isinstance(encoded, dict) and not encoded):
             # `generate` encodes pictures before the model's forward, and says then alone how large they are.
-            self._features, self._pictures, self._encoded = None, {}, 0
+            self._forget()
         self._called_with = {**self._pictures, **kwargs}
         if args:
             self._called_with["input_ids"] = args[0]
@@ -193,7 +196,12 @@ class Run:
             return stock(*args, **kwargs)
         finally:
             # Whoever calls the decoder alone next speaks of other tokens.
-            self._called_with, self._features, self._pictures, self._encoded = {}, None, {}, 0
+            self._forget()
+
+    def _forget(self) -> None:
+        """What was noted of a call and its pictures."""
+        self._called_with, self._features, self._pictures, self._encoded = {}, None, {}, 0
+        self._notes.clear()
 
     def _of_pictures(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What encodes pictures, with a note of their sizes."""
@@ -264,6 +272,7 @@ class Run:
         if may_be_packed and not state.idle:
             _refuse_packed(position_ids)
         state.unfinished = True
+        self._notes.inputs = seen
         run = Pass(
             self.anatomy,
             self.policy.parts(),
@@ -273,6 +282,7 @@ class Run:
             device=embeds.device,
             logit_rows=_logit_rows(self._called_with, b, t),
             encoder_features=self._features,
+            encoder=self._notes,
             encoded=None if self.anatomy.pictures_from is None else self._encoded,
         )
         ragged = self._executor.ragged and not state.idle

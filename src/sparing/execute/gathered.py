@@ -55,11 +55,12 @@ class Gathered:
         for layer in range(len(anatomy.layers)):
             if keep_hidden and layer == 0:
                 hidden.append(x.whole().clone())
-            # Kept only for those who look back: it is a whole residual stream.
-            layer_input = x.keep() if looks_back else None
             plan = run.plan_attend(layer, x.whole)
             assert plan.zeroes is None, "ablations are refused when applied"
-            assert plan.rewrites is None, "ablations are refused when applied"
+            if plan.rewrites is not None:
+                x.replace(plan.rewrites(x.keep()))
+            # Kept only for those who look back: it is a whole residual stream.
+            layer_input = x.keep() if looks_back else None
             _refuse_gate_gradients(plan.attend_weight)
             _refuse_gate_gradients(plan.block_weight)
             before = None if plan.block_weight is None else x.keep()

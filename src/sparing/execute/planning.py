@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparing.anatomy import Anatomy
 from sparing.execute.cache import PlannedCache, RaggedLayer, RunState
+from sparing.execute.encoder import EncoderNotes
 from sparing.execute.rows import Rows
 from sparing.execute.views import LayerView, StartView
 from sparing.execute.visibility import visible, within
@@ -43,12 +44,13 @@ class Pass:
         device: torch.device,
         logit_rows: int,
         encoder_features: Any,
+        encoder: EncoderNotes,
         encoded: int | None = None,
     ) -> None:
         self.anatomy, self.policies, self.state = anatomy, policies, state
         self.new, self.prefill, self.device = new, prefill, device
         self.start = state.tokens.length - new.length
-        self.encoder_features = encoder_features
+        self.encoder_features, self.encoder = encoder_features, encoder
         self.valid: Mask = new.valid if new.padded else True
         self.rotary: dict[str, tuple[Tensor, Tensor]] = {}
         """Cosines and sines of the new tokens, by the kind of layer (`Anatomy.rotary_kind`)."""

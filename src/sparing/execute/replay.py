@@ -9,16 +9,19 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from sparing.plan import LayerPlan, Ledger, ModelShape, Policy, PromptView, View
+from sparing.plan.layer_plan import Rewrites
 from sparing.tokens import TokenMap
 
 WEIGHTS = ("attend", "feed", "block")
 
 
 class Recorder(Policy):
-    """Decides as `inner` does, and notes what the ledger does not: branch weights, promised capacities, the map.
+    """Decides as `inner` does, and notes what the ledger does not: branch weights, rewritten states, promised capacities, the map.
 
     Attributes:
         weights: weights by (first index of the pass, layer, "attend" | "feed" | "block").
+        rewrites: what rewrites a layer's input, by (first index of the pass, number of its tokens, layer).
+        embeds: `[b t d]`, the prompt's embeddings, where they were rewritten.
         capacities: every promise made.
         tokens: the map of all tokens so far.
     """
@@ -26,6 +29,8 @@ class Recorder(Policy):
     def __init__(self, inner: Policy) -> None:
         self.inner = inner
         self.weights: dict[tuple[int, int, str], Tensor] = {}
+        self.rewrites: dict[tuple[int, int, int], Rewrites] = {}
+        self.embeds: Tensor | None = None
         self.capacities: list[int] = []
         self.tokens: TokenMap | None = None
 
@@ -44,6 +49,11 @@ class Recorder(Policy):
         """As `inner`."""
         return self.inner.looks_back
 
+    @property
+    def looks_at_encoder(self) -> tuple[int | float | None, ...]:  # type: ignore[override]
+        """As `inner`."""
+        return self.inner.looks_at_encoder
+
     def validate(self, shape: ModelShape) -> None:
         """As `inner`."""
         self.inner.validate(shape)
@@ -53,8 +63,11 @@ class Recorder(Policy):
         return self.inner.idle(tokens)
 
     def start(self, view: PromptView) -> None:
-        """As `inner`."""
+        """As `inner`; rewritten embeddings are noted."""
+        before = view.embeds
         self.inner.start(view)
+        if view.embeds is not before:
+            self.embeds = view.embeds.detach()
 
     def plan_attend(self, view: View) -> LayerPlan:
         """As `inner`, noted."""
@@ -71,6 +84,8 @@ class Recorder(Policy):
             if weight is not None:
                 at = (start, view.layer, name)
                 self.weights[at] = weight.detach() * self.weights.get(at, torch.ones(()))
+        if plan.rewrites is not None:
+            self.rewrites[start, view.new.length, view.layer] = plan.rewrites
         if plan.capacity is not None:
             self.capacities.append(plan.capacity)
         return plan
@@ -90,6 +105,13 @@ class Replay(Policy):
         self.feed = [ledger.feed(layer) for layer in range(depth)]
         self.may = [readable_pairs(ledger, layer) for layer in range(depth)]
         self._weights = [{name: _weight(ledger, recorders, layer, name) for name in WEIGHTS} for layer in range(depth)]
+        self._embeds = next((r.embeds for r in reversed(recorders) if r.embeds is not None), None)
+        self._rewrites = [noted for recorder in recorders for noted in recorder.rewrites.items()]
+
+    def start(self, view: PromptView) -> None:
+        """The prompt's embeddings, as they were left."""
+        if self._embeds is not None:
+            view.embeds = torch.cat([self._embeds, view.embeds[:, self._embeds.shape[1] :]], dim=1)
 
     def plan_attend(self, view: View) -> LayerPlan:
         """One layer, as it was."""
@@ -105,7 +127,22 @@ class Replay(Policy):
         for name, mask in (("attend", attend), ("feed", feed), ("block", torch.ones_like(attend))):
             weight = self._weights[layer][name]
             weights[f"{name}_weight"] = None if weight is None else weight.to(device) * mask
-        return LayerPlan(attend=attend, feed=feed, sees=sees, **weights)
+        rewrites = [(start, n, change) for (start, n, at), change in self._rewrites if at == layer]
+        return LayerPlan(
+            attend=attend,
+            feed=feed,
+            sees=sees,
+            rewrites=(lambda states: _rewritten(states, rewrites)) if rewrites else None,
+            **weights,
+        )
+
+
+def _rewritten(states: Tensor, rewrites: list[tuple[int, int, Rewrites]]) -> Tensor:
+    """The tokens of each pass rewritten as they were then."""
+    for start, number, change in rewrites:
+        behind = states[:, start + number :]
+        states = torch.cat([states[:, :start], change(states[:, start : start + number]), behind], dim=1)
+    return states
 
 
 def _weight(ledger: Ledger, recorders: list[Recorder], layer: int, name: str) -> Tensor | None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparing.anatomy.encoder import EncoderLayer
+from sparing.execute.encoder import EncoderNotes
 from sparing.execute.visibility import capped, visible
 from sparing.plan import LayerPlan, ModelShape, PromptView, View
 
@@ -87,15 +89,7 @@ class LayerView(View):
         run, anatomy, layer = self._run, self._run.anatomy, self.layer
         b, t = run.new.batch, run.new.length
         shape = self.shape.layers[layer]
-        if self._keys is None:
-            # Kept for further calls in this layer: those who rank by many queries ask in chunks.
-            source = self._input if self._attended else self.residual
-            if source is None:
-                raise ValueError("scores() in plan_feed needs the layer's input: set looks_back = True on the policy")
-            normed = anatomy.attention_norm(layer)(source)
-            self._keys = normed, run.rotate(layer, anatomy.key(layer, normed)).transpose(1, 2)
-            self.spend(b * t * shape.kv_flops // 2)
-        normed, k = self._keys
+        normed, k = self._normed_and_keys()
         at = queries[..., None]
         q = anatomy.query(layer, normed.gather(1, at.expand(-1, -1, normed.shape[-1])))
         if (kind := anatomy.rotary_kind(layer)) is not None:
@@ -126,6 +120,28 @@ class LayerView(View):
         n = b * queries.shape[1]
         self.spend(n * shape.query_flops // 2 + n * k.shape[2] * shape.pair_flops // 2)
         return _columns(weights, index, run.state.tokens.length, keys)
+
+    def keys(self) -> Tensor:
+        """This layer's keys (see `View.keys`)."""
+        return self._normed_and_keys()[1]
+
+    def final_norm(self, states: Tensor) -> Tensor:
+        """The decoder's last norm."""
+        return self._run.anatomy.decoder.norm(states)
+
+    def _normed_and_keys(self) -> tuple[Tensor, Tensor]:
+        """What attention reads, `[b t d]`, and its keys. Kept for further calls: those who rank by many queries ask in chunks."""
+        if self._keys is None:
+            run, anatomy, layer = self._run, self._run.anatomy, self.layer
+            source = self._input if self._attended else self.residual
+            if source is None:
+                raise ValueError(
+                    "scores() and keys() in plan_feed need the layer's input: set looks_back = True on the policy"
+                )
+            normed = anatomy.attention_norm(layer)(source)
+            self._keys = normed, run.rotate(layer, anatomy.key(layer, normed)).transpose(1, 2)
+            self.spend(run.new.batch * run.new.length * self.shape.layers[layer].kv_flops // 2)
+        return self._keys
 
 
 def _columns(weights: Tensor, index: Tensor, length: int, keys: Tensor | None) -> Tensor:
@@ -162,3 +178,27 @@ class StartView(PromptView):
     def encoder_features(self) -> Any:
         """The vision encoder's output."""
         return self._run.encoder_features
+
+    def encoder_attention(self, layer: EncoderLayer = None) -> Tensor:
+        """Attention received in the vision encoder."""
+        return self._asked(lambda notes: notes.attention(layer, self.tokens))
+
+    def encoder_keys(self, layer: EncoderLayer = None) -> Tensor:
+        """Keys in the vision encoder."""
+        return self._asked(lambda notes: notes.keys(layer, self.tokens))
+
+    def encoder_states(self) -> Tensor:
+        """What the projector read."""
+        return self._asked(lambda notes: notes.states(self.tokens))
+
+    def project(self, states: Tensor) -> Tensor:
+        """The projector."""
+        return self._asked(lambda notes: notes.project(states))
+
+    def _asked(self, what: Callable[[EncoderNotes], Tensor]) -> Tensor:
+        """What the notes tell, its cost booked."""
+        notes: EncoderNotes = self._run.encoder
+        notes.flops = 0
+        found = what(notes)
+        self.spend(notes.flops)
+        return found

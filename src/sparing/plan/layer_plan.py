@@ -31,7 +31,8 @@ class LayerPlan:
             original order, it returns what broadcasts to `[b q k]`: `True` where the query may read the key.
         zeroes: an ablation, not a plan: `True` where an attention weight is set to zero after the softmax, the others staying as
             they are. Called as `sees` is; `dense` only.
-        rewrites: an ablation too: what enters the layer, `[b t d]`, is replaced by this function of it; `dense` only.
+        rewrites: what enters the layer, `[b t d]`, is replaced by this function of it, which writes to nothing that it is given:
+            how tokens are merged between layers. Given before attention; `plan_attend` still sees what there was.
         capacity: a promise that no row has more than this many `True` tokens in `attend` and `feed`, where those are
             tensors. It saves the fast executor its one wait for the device. A false promise is an error on the CPU; on an
             accelerator, where checking would mean waiting, rows beyond it are left out.

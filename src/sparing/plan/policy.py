@@ -26,6 +26,10 @@ class Policy(abc.ABC):
     looks_back: bool = False
     """Whether `plan_feed` asks for this layer's `scores` (the executor then keeps the layer's input)."""
 
+    looks_at_encoder: tuple[int | float | None, ...] = ()
+    """Layers of the vision encoder of which `start` asks for more than its output: numbers (negative from the end), shares of its
+    depth, or `None` for the layer whose output is projected. The executor notes what enters these."""
+
     @property
     def decodes(self) -> bool:
         """Whether it is asked while decoding. Override where the rule for a decoded token is another one than at prefill."""
@@ -65,6 +69,17 @@ class Policy(abc.ABC):
         """
         return kept_arguments(self)
 
+    def picture_shares(self, depth: int) -> tuple[float, ...] | None:
+        """Share of the picture tokens that each of `depth` layers computes; `None` where only a run tells.
+
+        A run keeps whole numbers of tokens; this is what budgets are planned with (`sparing.policies.budget`).
+        """
+        return None
+
+    def picture_reads(self, depth: int) -> tuple[float, ...] | None:
+        """Share of the picture tokens whose keys each layer reads: those that it computes, where nothing else is said."""
+        return self.picture_shares(depth)
+
     def conflict(self, other: Policy) -> str | None:
         """Why this policy contradicts `other`, and how to mend it; `None` if it does not."""
         return None
@@ -101,6 +116,11 @@ class Composed(Policy):
     def looks_back(self) -> bool:  # type: ignore[override]
         """Whether any part does."""
         return any(p.looks_back for p in self._parts)
+
+    @property
+    def looks_at_encoder(self) -> tuple[int | float | None, ...]:  # type: ignore[override]
+        """The layers that any part looks at."""
+        return tuple(layer for p in self._parts for layer in p.looks_at_encoder)
 
     def parts(self) -> tuple[Policy, ...]:
         """The policies this one is made of, in order."""

@@ -64,6 +64,14 @@ class View(abc.ABC):
         """
 
     @abc.abstractmethod
+    def keys(self) -> Float[Tensor, "b kv_heads t head_dim"]:
+        """This layer's keys of the new tokens, as attention reads them (rotated), whoever may read them."""
+
+    @abc.abstractmethod
+    def final_norm(self, states: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """What the norm behind the last layer makes of these states."""
+
+    @abc.abstractmethod
     def shared(self, name: str, build: Callable[[], Tensor], owner: object) -> Tensor:
         """A tensor that is the same in every layer of this pass, built once. Executors share what they derive from it."""
 
@@ -109,3 +117,33 @@ class PromptView(abc.ABC):
     @abc.abstractmethod
     def encoder_features(self) -> Any:
         """What the vision encoder returned for this prompt's pictures; `None` if there were none."""
+
+    @abc.abstractmethod
+    def encoder_attention(self, layer: int | float | None = None) -> Float[Tensor, "b t"]:
+        """How much attention each image token received in a layer of the vision encoder; NaN in newlines and other tokens.
+
+        From the class token, where the encoder has one; else from all patches of its picture (of its tile or window, where the
+        layer sees no further), on average. It is the mean over heads, and over the patches that a token covers; float32, without
+        gradients. The policy must name the layer in `looks_at_encoder`.
+
+        Args:
+            layer: its number (negative from the end), a share of the depth, or `None` for the layer whose output is projected.
+
+        Raises:
+            ValueError: nobody noted the layer, or pictures were not encoded in this run.
+        """
+
+    @abc.abstractmethod
+    def encoder_keys(self, layer: int | float | None = None) -> Float[Tensor, "b t c"]:
+        """The keys of each image token in a layer of the vision encoder, not rotated: the mean over heads and a token's patches.
+
+        NaN in newlines and other tokens; without gradients. As in `encoder_attention` for the rest.
+        """
+
+    @abc.abstractmethod
+    def encoder_states(self) -> Float[Tensor, "b t c"]:
+        """What the projector read of each image token (its patches joined, where it covers several); NaN elsewhere."""
+
+    @abc.abstractmethod
+    def project(self, states: Float[Tensor, "n c"]) -> Float[Tensor, "n d"]:
+        """What the projector makes of such states: image tokens as they enter the first layer."""

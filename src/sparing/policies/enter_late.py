@@ -83,6 +83,12 @@ class EnterLate(Policy):
         chosen = remembered(view, "chosen")
         return view.new.valid & False if chosen is None else chosen[:, -view.new.length :]
 
+    def picture_shares(self, depth: int) -> tuple[float, ...] | None:
+        """All inside, none before and behind; `None` where something else than pictures is away."""
+        if self.where is not None or self.groups != (Group.IMAGE,):
+            return None
+        return tuple(float(not self.never(layer)) for layer in range(depth))
+
     def never(self, layer: int) -> bool:
         """Whether the group is away in a layer."""
         return layer < self.entry or (self.exit is not None and layer >= self.exit)

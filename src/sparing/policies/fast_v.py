@@ -113,6 +113,12 @@ class FastV(Policy):
         later = alive.flip(1).cumsum(1).flip(1) - alive.long()
         return received / later.clamp(min=1)
 
+    def picture_shares(self, depth: int) -> tuple[float, ...] | None:
+        """All, then `keep`; `None` where other groups are ranked."""
+        if self.groups != (Group.IMAGE,):
+            return None
+        return (1.0,) * self.layer + (self.keep,) * (depth - self.layer)
+
     def conflict(self, other: Policy) -> str | None:
         """Nothing to rank in the ranking layer."""
         return nothing_to_rank(other, self.layer - 1, planned=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from sparing.plan import FULL, LayerPlan, ModelShape, Policy, View
@@ -75,6 +76,13 @@ class PyramidDrop(Policy):
         received = view.scores(last_of(alive)).float().mean(1).squeeze(1)
         view.drop(beyond_best(received, candidates, share_of(first, share)))
         return FULL
+
+    def picture_shares(self, depth: int) -> tuple[float, ...] | None:
+        """What the stages so far leave; `None` where other groups are ranked."""
+        if self.groups != (Group.IMAGE,):
+            return None
+        passed = [[share for at, share in zip(self.layers, self.keep, strict=True) if at <= i] for i in range(depth)]
+        return tuple(math.prod(shares) for shares in passed)
 
     def conflict(self, other: Policy) -> str | None:
         """Nothing to rank at a stage."""

@@ -73,6 +73,14 @@ class ViCA(Policy):
         """Whether no token reads the picture in a layer."""
         return layer not in self.layers
 
+    def picture_shares(self, depth: int) -> tuple[float, ...]:
+        """None is ever computed."""
+        return (0.0,) * depth
+
+    def picture_reads(self, depth: int) -> tuple[float, ...]:
+        """All, in the reading layers."""
+        return tuple(float(layer in self.layers) for layer in range(depth))
+
     def conflict(self, other: Policy) -> str | None:
         """Two ViCAs of different layers, or nothing left to read."""
         if isinstance(other, ViCA) and set(other.layers) != set(self.layers):

@@ -12,11 +12,29 @@ from torch import Tensor, nn
 from sparing.ablate import knock_out
 from sparing.anatomy import anatomy_of
 from sparing.plan import Policy
-from sparing.policies import DLLM, DropTokens, EnterLate, FastV, MoD, PyramidDrop, SkipGPT, SkipModules, ViCA
+from sparing.policies import (
+    DART,
+    DLLM,
+    CDPruner,
+    DivPrune,
+    DropTokens,
+    EnterLate,
+    FastV,
+    MoD,
+    PyramidDrop,
+    SkipGPT,
+    SkipModules,
+    SparseVLM,
+    ViCA,
+    VisionZip,
+    VisPruner,
+    VScan,
+)
 from sparing.tokens import Group, TokenMap
 
 NAMES = (
-    "SkipModules", "DropTokens", "EnterLate", "ViCA", "FastV", "PyramidDrop", "SkipGPT", "MoD", "DLLM", "knock_out"
+    "SkipModules", "DropTokens", "EnterLate", "ViCA", "FastV", "PyramidDrop", "SparseVLM", "DART", "DivPrune",
+    "CDPruner", "VisionZip", "VisPruner", "VScan", "SkipGPT", "MoD", "DLLM", "knock_out",
 )  # fmt: skip
 
 
@@ -124,6 +142,7 @@ def subjects_for(
             pictures=True,
             code=use(f"PyramidDrop({stages}, 0.5)"),
         ),
+        *_rivals(ranked, max(min(middle, last - 1), 0)),
         Subject(
             "SkipGPT",
             [
@@ -162,6 +181,20 @@ def subjects_for(
         ),
     ]
     return [dataclasses.replace(s, make=s.make[:1]) for s in found] if quick else found
+
+
+def _rivals(layer: int, stage: int) -> list[Subject]:
+    """Methods that drop or merge picture tokens, at one setting each. `layer` has one before it, `stage` has one behind it."""
+    made: dict[str, tuple[Callable[[], Policy], str]] = {
+        "SparseVLM": (lambda: SparseVLM([stage], [0.5]), f"[{stage}], [0.5]"),
+        "DART": (lambda: DART(layer, 0.5), f"{layer}, 0.5"),
+        "DivPrune": (lambda: DivPrune(0.5), "0.5"),
+        "CDPruner": (lambda: CDPruner(0.5), "0.5"),
+        "VisionZip": (lambda: VisionZip(0.5), "0.5"),
+        "VisPruner": (lambda: VisPruner(0.5), "0.5"),
+        "VScan": (lambda: VScan(0.5, layer), f"0.5, {layer}"),
+    }
+    return [Subject(name, [make], pictures=True, code=use(f"{name}({how})")) for name, (make, how) in made.items()]
 
 
 def use(policy: str) -> str:
