@@ -9,7 +9,15 @@ import torch
 import processors
 import sparing
 from sparing import zoo
-from sparing.train import ChatBatches, Conversation, ConversationFile, DrawnConversations, Turn, encode, write_conversations
+from sparing.train import (
+    ChatBatches,
+    Conversation,
+    ConversationFile,
+    DrawnConversations,
+    Turn,
+    encode,
+    write_conversations,
+)
 from sparing.train.turns import IGNORED
 from sparing.worlds import scenes
 
