@@ -165,7 +165,7 @@ BAD = {
         "the weights contain NaN or infinite values: model.language_model.layers.1.mlp.up_proj.weight",
     ),
     "no such model": (lambda v, d: ("/nowhere/model", "--layers", "0"), "no such path: /nowhere/model"),
-    "a file": (lambda v, d: (v, "--out", v / "config.json"), "is a file; name a folder"),
+    "a file": (lambda v, d: (v, "--out", v / "config.json" / "x"), "is a file; name a folder"),
 }
 
 

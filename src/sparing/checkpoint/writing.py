@@ -72,8 +72,8 @@ def save(
         The folder.
 
     Raises:
-        ValueError: the target is a file or holds other things, `about` without policies, the model is one that PEFT wraps, policies that do not fit
-            the model or cannot be saved, or others than the model follows now.
+        ValueError: the target is a file or holds other things, `about` without policies, the model is one that PEFT wraps,
+            policies that do not fit the model or cannot be saved, or others than the model follows now.
         OSError: the disk is full or read-only. What was there is as it was.
     """
     # The link stays a link.

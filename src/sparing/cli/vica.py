@@ -26,7 +26,7 @@ By = Annotated[
     Literal["greedy", "kl", "cosine"],
     typer.Option(
         "--by",
-        help="greedy: lowest loss, layer by layer. kl: where not reading changes the output most. cosine: where attention turns text most.",
+        help="greedy: lowest loss, layer by layer. kl: where not reading changes outputs most. cosine: where attention turns text.",
     ),
 ]
 Budget = Annotated[
@@ -163,7 +163,7 @@ def train(
 
     Only what ViCA computes is computed, forward and backward. Answers alone have a loss.
 
-    --out becomes a checkpoint that sparing.load reads. Ctrl-C leaves a checkpoint in --out/training; the same command goes on from there.
+    --out becomes a checkpoint that sparing.load reads. Ctrl-C leaves one in --out/training, from which the same command goes on.
 
     On several GPUs: accelerate launch --num_processes 8 -m sparing.cli vica train ...
     """

@@ -121,6 +121,7 @@ def run_job(job: Job) -> None:
     for wanted in (job.wanted, job.otherwise):
         if wanted is not None:
             check_wanted(wanted)
+    _places(job.paths)
     check_out(job.out)
     console = Console(quiet=rank > 0)
     with contextlib.ExitStack() as stack:

@@ -138,7 +138,7 @@ class VisualCost:
 def choose_layers(
     material: PictureMaterial,
     by: Criterion | Placing = "greedy",
-    budget: Budget = Budget(share=0.05),  # noqa: B008 - frozen
+    budget: Budget = Budget(share=0.05),
     *,
     prefix: str | int = "update",
     seed: int = 0,

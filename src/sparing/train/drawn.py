@@ -1,4 +1,4 @@
-"""Conversations about drawn scenes (`sparing.worlds.scenes`): data without end for the zoo's models, and files of it to try things on."""
+"""Conversations about drawn scenes (`sparing.worlds.scenes`): data without end for the zoo's models, and files of it for trials."""
 
 from __future__ import annotations
 

@@ -122,7 +122,8 @@ def fit(
 ) -> Fit:
     """Train the parameters of a model that ask for gradients, or go on from the last whole checkpoint in `folder`.
 
-    The model runs as it is: inside `sparing.apply(model, ...)` it follows its policies, the fast executor's too where decisions are fixed.
+    The model runs as it is: inside `sparing.apply(model, ...)` it follows its policies, under the fast executor too where decisions
+    are fixed.
     Checkpoints hold the trained parameters alone. A run that was interrupted and resumed sees the same batches as one that was not.
     Started by `accelerate launch` or `torchrun`, every process takes its share of each batch.
 
@@ -224,8 +225,8 @@ def _arguments(
 class _TrainedAlone(nn.Module):
     """The model inside a plain module, whose state is what is trained.
 
-    Checkpoints of a vision model itself have the hub's names, which the Trainer of transformers 5.23 does not find again: it warns, and
-    goes on with the weights that it was given. And frozen weights need no copy.
+    Checkpoints of a vision model itself have the hub's names, which the Trainer of transformers 5.23 does not find again: it warns,
+    and goes on with the weights that it was given. And frozen weights need no copy.
     """
 
     def __init__(self, model: Any) -> None:
@@ -273,7 +274,7 @@ class _Checked(Trainer):
         if broken and step == 1:
             name = broken[0].removeprefix("model.")
             return f"the weights contain NaN or infinite values: {name}; the checkpoint is damaged, save it again"
-        kept = last_checkpoint(Path(self.args.output_dir))
+        kept = last_checkpoint(Path(str(self.args.output_dir)))
         go_on = f"; {kept} is whole" if kept is not None else ""
         return f"the loss is {value} at step {step}: lower --lr (now {self.args.learning_rate:g}), or use --dtype float32{go_on}"
 

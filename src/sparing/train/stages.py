@@ -69,8 +69,8 @@ def train_stages(
 ) -> list[Fit]:
     """Train a model under policies, or go on where an earlier run in `folder` was stopped.
 
-    The weights are changed in place, and kept in the precision that they have. Under `gathered` only what the policies plan is computed,
-    forward and backward.
+    The weights are changed in place, and kept in the precision that they have. Under `gathered` only what the policies plan is
+    computed, forward and backward.
 
     Args:
         model: a Hugging Face vision-language model of a known family, under no policy.
