@@ -204,7 +204,7 @@ def test_training_goes_on_from_a_conversion_and_says_how_fast_it_was(converted, 
     assert [stage["name"] for stage in run["figures"]["training"]] == ["projector", "language"]
     assert all(stage["tokens_per_second"] > 0 for stage in run["figures"]["training"])
     assert [stage["how"]["lr"] for stage in about(out)["training"]] == [1e-3, 1e-3]
-    assert about(out)["loss"].keys() == {"trained"}
+    assert about(out)["loss"].keys() == {"dense", "ViCA", "trained"}
     before = sparing.load(converted)[0].model.multi_modal_projector.linear_1.weight
     assert not torch.equal(before, model.model.multi_modal_projector.linear_1.weight)
 

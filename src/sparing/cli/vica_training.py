@@ -151,11 +151,13 @@ def _begin(job: Job, console: Console, processes: int) -> tuple[nn.Module, Any, 
         policy = _recipe_policy(job, model)
         policy.validate(anatomy_of(model).shape())
         return model, processor, policy, None
-    if given and job.wanted is None:
-        return model, processor, given[0], None
-    if given:
+    if given and job.wanted is not None:
         raise ValueError(f"{job.model} reads in layers {list(given[0].layers)} already: leave --layers out")
+    if given and processes > 1:
+        return model, processor, given[0], None
     wanted = job.wanted or job.otherwise
+    if given:
+        wanted = dataclasses.replace(wanted, layers=",".join(map(str, given[0].layers)), prefix=str(given[0].prefix))
     if processes > 1:
         if (layers := wanted.read_layers()) is None:
             raise ValueError(
@@ -166,7 +168,8 @@ def _begin(job: Job, console: Console, processes: int) -> tuple[nn.Module, Any, 
         return model, processor, policy, None
     with Bar("converting", console) as bar:
         found = convert_model(model, processor, wanted, measurements=job.out / "measurements.jsonl", on_step=bar.tell)
-    print_conversion(found, anatomy_of(model).shape().depth, console)
+    if not given:
+        print_conversion(found, anatomy_of(model).shape().depth, console)
     return model, processor, found.policy, found
 
 
@@ -375,8 +378,8 @@ def _selection(job: Job, converted: Converted | None) -> Any:
     """Why these layers: as chosen now, or as the converted checkpoint says."""
     from sparing.checkpoint import about
 
-    if converted is not None:
-        return converted.about["selection"]
+    if converted is not None and converted.choice is not None:
+        return converted.choice.as_dict()
     if job.model is None:
         return None
     try:
