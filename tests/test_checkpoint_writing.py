@@ -16,6 +16,7 @@ from checkpoint_cases import files_of, save_skipping
 from checkpoint_kills import kill_at_each_step, kill_while_saving
 from models import llama
 from sparing.checkpoint import replacing
+from sparing.policies import SkipModules
 
 
 def test_nothing_else_is_overwritten(tmp_path):
@@ -258,3 +259,22 @@ def test_two_processes_save_to_the_same_place(tmp_path):
     assert [code_of(child) for child in children] == [0, 0]
     assert sparing.run_of(sparing.load(saved)[0]) is not None
     assert [p.name for p in tmp_path.iterdir()] == ["my mödel"]
+
+
+def test_how_policies_were_found_is_kept_with_them(tiny_llama, tmp_path):
+    from sparing.checkpoint import about
+
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "run.json").write_text("{}")  # a command's own record is no stranger
+    found = {"selection": {"layers": [1], "scores": {"kl": [0.1, 0.2, 0.0]}}}
+    sparing.save(tiny_llama, target, [SkipModules(mlp=[1])], about=found)
+    assert about(target) == found
+    assert (target / "run.json").read_text() == "{}"
+    sparing.save(tiny_llama, tmp_path / "bare", [SkipModules(mlp=[1])])
+    assert about(tmp_path / "bare") == {}
+    with pytest.raises(ValueError, match="about= says how policies were found, and there are none"):
+        sparing.save(tiny_llama, tmp_path / "plain", about=found)
+    sparing.save(tiny_llama, tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"is no checkpoint that sparing.save wrote with policies"):
+        about(tmp_path / "plain")

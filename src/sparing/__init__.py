@@ -32,6 +32,7 @@ _ROOMS = (
     "lens",
     "evaluate",
     "study",
+    "train",
     "worlds",
     "zoo",
 )

@@ -285,6 +285,11 @@ class Anatomy(abc.ABC):
     adds: tuple[str, ...] = ()
     """Arguments of the decoder that hold what is added to the residual stream between layers."""
 
+    @property
+    def added_after(self) -> tuple[int, ...]:
+        """The layers after which the model adds to the residual stream of image tokens."""
+        return ()
+
     def additions(self, kwargs: Mapping[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
         """What is added after a layer: `[b t]`, to which tokens, and `[n d]`, a row for each of them in order."""
         return {}

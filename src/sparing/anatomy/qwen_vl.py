@@ -232,6 +232,11 @@ class Qwen3VLAnatomy(QwenVLAnatomy):
     decoders: ClassVar[Mapping[str, str]] = {"qwen3_vl_text": "qwen3"}
     adds = ("visual_pos_masks", "deepstack_visual_embeds")
 
+    @property
+    def added_after(self) -> tuple[int, ...]:
+        """One layer for each of the encoder's that is tapped."""
+        return tuple(range(len(self.config.vision_config.deepstack_visual_indexes)))
+
     def additions(self, kwargs: Mapping[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
         """The features of the encoder's layers, for the image tokens."""
         features, where = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")

@@ -35,6 +35,9 @@ WEIGHT_FILES = (
 )
 """Whatever stock loading would find beside, or instead of, what was saved last."""
 
+BESIDE = ("run.json", "measurements.jsonl", "training")
+"""What this package's commands put into a folder before the checkpoint that they make is in it."""
+
 _OTHERS = (
     "config.json",
     "generation_config.json",

@@ -98,6 +98,21 @@ def release(model: nn.Module) -> Composed:
     return run.policy
 
 
+def about(path: str | Path) -> dict[str, Any]:
+    """How the policies of a saved model were found: what `sparing.save(..., about=)` was given; empty where that was nothing.
+
+    Args:
+        path: a folder that `sparing.save` wrote.
+
+    Raises:
+        ValueError: it is no checkpoint with policies.
+    """
+    folder = whole(Path(path).expanduser().absolute())
+    if not folder.is_dir() or (manifest := _manifest(folder)) is None:
+        raise ValueError(f"{path} is no checkpoint that sparing.save wrote with policies")
+    return dict(manifest.get("about", {}))
+
+
 def _refuse_to_save_alone(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     if run_of(model) is None:
         return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[operator]

@@ -17,6 +17,7 @@ from sparing.anatomy import anatomy_of
 from sparing.checkpoint.card import base_of, write_card
 from sparing.checkpoint.counted import count
 from sparing.checkpoint.files import (
+    BESIDE,
     MANIFEST,
     POLICIES,
     PROCESSOR,
@@ -43,6 +44,7 @@ def save(
     *,
     processor: Any = None,
     figures: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
     license: str | None = None,
     max_shard_size: int | str | None = None,
     push_to_hub: str | None = None,
@@ -61,6 +63,7 @@ def save(
         processor: its tokenizer or processor.
         figures: what was measured (seconds, scores), for the model card. Sizes and what the plan costs by counting are in
             it unasked: on one short pass of the decoder, where that is quick; policies that learned on the latest prompt.
+        about: how the policies were found, as JSON knows it (a search's scores); kept with them, `sparing.checkpoint.about` reads it.
         license: for the model card; if `None`, that of the folder which the model was loaded from.
         max_shard_size: of a weights file, as for `save_pretrained` (`"5GB"`, or bytes).
         push_to_hub: a hub id to upload the folder to afterwards.
@@ -69,8 +72,8 @@ def save(
         The folder.
 
     Raises:
-        ValueError: the target is a file or holds other things, the model is one that PEFT wraps, policies that do not fit
-            the model or cannot be saved, or others than the model follows now.
+        ValueError: the target is a file or holds other things, `about` without policies, the model is one that PEFT wraps,
+            policies that do not fit the model or cannot be saved, or others than the model follows now.
         OSError: the disk is full or read-only. What was there is as it was.
     """
     # The link stays a link.
@@ -96,6 +99,8 @@ def save(
         )
     anatomy_of(model)
     parts = _policies(model, policies)
+    if about is not None and not parts:
+        raise ValueError("about= says how policies were found, and there are none: leave it out, or give figures=")
     if parts and type(model).__module__.startswith("transformers_modules."):
         raise ValueError(
             f"{type(model).__name__} is code that came with its checkpoint, and a checkpoint with policies brings none: "
@@ -114,7 +119,7 @@ def save(
                 if parts:
                     shutil.copy(new / "config.json", new / PROCESSOR)
             if parts:
-                _hide_from_stock(new, entries, None if processor is None else type(processor).__name__)
+                _hide_from_stock(new, entries, None if processor is None else type(processor).__name__, about)
                 save_file(tensors, new / POLICIES)
             write_card(
                 new,
@@ -136,10 +141,15 @@ def save(
 def _check_target(target: Path, asked: str | Path) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"{asked} is a file: name a folder")
-    if target.is_dir() and not is_checkpoint(target) and (others := sorted(target.iterdir())):
+    if target.is_dir() and not is_checkpoint(target) and (others := _others(target)):
         raise ValueError(
             f"{asked} holds other things ({others[0].name}) and no checkpoint: name a new folder, or an empty one"
         )
+
+
+def _others(folder: Path) -> list[Path]:
+    """What is in a folder, but for what this package's own commands put there."""
+    return sorted(path for path in folder.iterdir() if path.name not in BESIDE)
 
 
 def _policies(model: nn.Module, policies: Sequence[Policy] | None) -> tuple[Policy, ...]:
@@ -160,7 +170,9 @@ def _policies(model: nn.Module, policies: Sequence[Policy] | None) -> tuple[Poli
     return apply(model, *parts).policy.parts()
 
 
-def _hide_from_stock(folder: Path, entries: list[dict[str, Any]], processor: str | None) -> None:
+def _hide_from_stock(
+    folder: Path, entries: list[dict[str, Any]], processor: str | None, about: Mapping[str, Any] | None
+) -> None:
     """Turn an ordinary checkpoint into one that only `sparing.load` reads."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     sharded = (folder / STOCK_WEIGHTS_INDEX).exists()
@@ -175,6 +187,7 @@ def _hide_from_stock(folder: Path, entries: list[dict[str, Any]], processor: str
         "weights": WEIGHTS_INDEX if sharded else WEIGHTS,
         "processor": processor,
         "policies": entries,
+        **({} if about is None else {"about": dict(about)}),
         "base_config": config,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")

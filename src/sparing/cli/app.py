@@ -16,6 +16,7 @@ from sparing.cli.eval import evaluate
 from sparing.cli.look import look
 from sparing.cli.profile import profile
 from sparing.cli.study import study
+from sparing.cli.vica import vica
 from sparing.cli.zoo import zoo
 
 app = typer.Typer(
@@ -53,4 +54,5 @@ app.command("eval")(evaluate)
 app.command()(look)
 app.command()(profile)
 app.add_typer(study, name="study")
+app.add_typer(vica, name="vica")
 app.add_typer(zoo, name="zoo")

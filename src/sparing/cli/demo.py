@@ -39,6 +39,7 @@ def demo(
     from sparing import zoo
     from sparing.cli.profile import check_out, run_profile
     from sparing.evaluate import PictureMaterial, Settings, TextMaterial, read_questions
+    from sparing.evaluate.pictures.drawn import draw_scenes
 
     check_out(out)
     models = {name: str(zoo.path(name)) for name in (TEXT_MODEL, PICTURE_MODEL)}
@@ -84,18 +85,3 @@ def demo(
         dtype="float32",
         links={f"{TEXT_MODEL}, on text": "../report.html"},
     )
-
-
-def draw_scenes(folder: Path, per_task: int, seed: int) -> None:
-    """Draw test scenes, and write their questions beside them as `sparing profile --images` reads them."""
-    import json
-
-    from sparing.worlds import scenes
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i, example in enumerate(scenes.examples("test", per_task, seed=seed)):
-        name = f"{i:02d}-{example.question.task}.png"
-        scenes.picture(example.scene).save(folder / name)
-        rows.append({"image": name, "question": example.question.text, "answer": example.question.answer})
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -7,6 +7,7 @@ from sparing.evaluate.material import Material
 from sparing.evaluate.pictures.material import PictureMaterial
 from sparing.evaluate.pictures.questions import PictureQuestion, read_questions
 from sparing.evaluate.profile import Profiler, profile, profile_pictures
+from sparing.evaluate.reading_layers import LayerChoice, choose_layers
 from sparing.evaluate.removal import Removal
 from sparing.evaluate.speed import Timing, time_arms
 from sparing.evaluate.task import Figure, NotApplicable, Outcome, Subject, Task
@@ -30,6 +31,7 @@ __all__ = [
     "Figure",
     "GenerationTask",
     "HarnessTask",
+    "LayerChoice",
     "LmmsTask",
     "Material",
     "NotApplicable",
@@ -49,6 +51,7 @@ __all__ = [
     "Timing",
     "TokenKinds",
     "Windows",
+    "choose_layers",
     "cut",
     "known_tasks",
     "profile",

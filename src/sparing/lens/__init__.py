@@ -4,6 +4,7 @@ from sparing.lens.alignment import Alignment, LayerAlignment, layer_alignment
 from sparing.lens.classes import Criteria, token_classes
 from sparing.lens.embedding_lens import embedding_lens, find_words
 from sparing.lens.logit_lens import logit_lens
+from sparing.lens.module_change import ModuleChanges, module_changes
 from sparing.lens.nulls import norm_matched, shuffled, untrained_projector
 from sparing.lens.patch_benchmark import PatchBenchmark, patch_benchmark
 from sparing.lens.patches.wording import ENGLISH, SCENES, Wording
@@ -17,6 +18,7 @@ __all__ = [
     "Alignment",
     "Criteria",
     "LayerAlignment",
+    "ModuleChanges",
     "PatchBenchmark",
     "Probed",
     "Recording",
@@ -27,6 +29,7 @@ __all__ = [
     "layer_alignment",
     "linear_probe",
     "logit_lens",
+    "module_changes",
     "norm_matched",
     "patch_benchmark",
     "precision_at_k",

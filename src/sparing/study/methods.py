@@ -249,5 +249,7 @@ def known_methods() -> dict[str, type[Method]]:
     """Methods by name: ours, and those of installed packages (entry point group `sparing.methods`); policies apart."""
     # They are built on this file.
     from sparing.study.token_methods import Ablation, TokenClass
+    from sparing.study.vica_methods import SelectedViCA
 
-    return with_plugins({**OURS, "token_class": TokenClass, "ablation": Ablation}, "sparing.methods")
+    more = {"token_class": TokenClass, "ablation": Ablation, "vica_selected": SelectedViCA}
+    return with_plugins({**OURS, **more}, "sparing.methods")

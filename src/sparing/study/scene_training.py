@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparing.evaluate.task import Progress, Subject
 from sparing.evaluate.tasks.scenes import check_speaks
 from sparing.study.training import Training
+from sparing.train import Optimisation, Part, fit, trained_parts
 from sparing.worlds.grids import GridScene, GridWorld, Question
 from sparing.worlds.opening import scene_files, scene_world
 
 IGNORED = -100
-PARTS = {"language": ("language_model", "lm_head"), "bridge": ("multi_modal_projector",)}
+PARTS: Mapping[str, Part] = {"language": "language", "bridge": "projector"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,63 +67,34 @@ class SceneTraining(Training):
         self.check()
         check_speaks(subject, scene_world(self.data))
         model: Any = subject.model
-        wanted = tuple(name for part in self.parts for name in PARTS[part])
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(any(part in name for part in wanted))
         # In fp32, whatever the weights are kept in.
-        kept = model.dtype
+        kept, caches = model.dtype, model.config.get_text_config().use_cache
+        trained_parts(model, tuple(PARTS[part] for part in self.parts))
         model.float().train()
-        tell = on_step or (lambda done, word: None)
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=self.steps,
-            per_device_train_batch_size=1,  # an item is a batch already
-            learning_rate=self.lr,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, self.steps // 10),
+        how = Optimisation(
+            steps=self.steps,
+            batch=1,  # an item is a batch already
+            lr=self.lr,
+            warmup=max(1, self.steps // 10),
             weight_decay=self.weight_decay,
-            adam_beta2=0.95,
-            max_grad_norm=1.0,
-            use_cpu=model.device.type == "cpu",
-            seed=seed,
-            train_sampling_strategy="sequential",
-            save_steps=max(1, min(100, self.steps // 2)),
-            save_total_limit=1,
-            logging_steps=max(1, self.steps // 20),
-            report_to=[],
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            label_names=["labels"],
+            beta2=0.95,
         )
         with subject.applied():
-            trainer = Trainer(
-                model=_Wrapped(model),
-                args=arguments,
-                train_dataset=_Turns(self, subject, seed),
-                data_collator=itemgetter(0),
-                callbacks=[_Tell(tell, self.steps)],
+            fit(
+                model,
+                _Turns(self, subject, seed),
+                how,
+                folder,
+                collate=itemgetter(0),
+                seed=seed,
+                order="sequential",
+                save_every=max(1, min(100, self.steps // 2)),
+                # Ctrl-C is the study's.
+                interruptible=False,
+                on_step=on_step,
             )
-            # Its own printing would run through the study's progress.
-            trainer.pop_callback(_printer())
-            whole = any(folder.glob("checkpoint-*/trainer_state.json"))
-            trainer.train(resume_from_checkpoint=whole)
-        model.config.get_text_config().use_cache = True
+        model.config.get_text_config().use_cache = caches
         return dataclasses.replace(subject, model=model.to(kept).eval().requires_grad_(True))
-
-
-class _Wrapped(nn.Module):
-    """The model inside a plain module.
-
-    Its checkpoints are plain state dicts. Those of a vision model itself have the hub's names, which the Trainer of transformers
-    5.23 does not find again: it warns, and goes on with the weights that it was given.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: Any) -> dict[str, Tensor]:
-        return {"loss": self.model(**inputs, use_cache=False).loss}
 
 
 class _Turns(Dataset):
@@ -175,20 +146,3 @@ def turns_of(
         stop = int(inputs["attention_mask"][row].sum())
         found[row, stop - len(ids) : stop] = torch.tensor(ids)
     return {**inputs, "labels": found}
-
-
-class _Tell(TrainerCallback):
-    """Passes progress on."""
-
-    def __init__(self, tell: Progress, steps: int) -> None:
-        self.tell, self.steps, self.loss = tell, steps, float("nan")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
-        self.tell(state.global_step / self.steps, f"step {state.global_step} of {self.steps}, loss {self.loss:.3f}")
-
-
-def _printer() -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback

@@ -2,10 +2,7 @@
 
 import json
 import shutil
-import signal
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from sparing.train.checkpoints import JsonLog, last_checkpoint, step_of, stop_on_signal
 from sparing.zoo.course import Course
 from sparing.zoo.precision import mixed
 from sparing.zoo.recipe import Recipe
@@ -84,7 +82,7 @@ def train(
     if fresh:
         for old in out.glob("checkpoint-*"):
             shutil.rmtree(old)
-    checkpoint = _last_checkpoint(out)
+    checkpoint = last_checkpoint(out)
     _claim(out, recipe, seed, resuming=checkpoint is not None)
     course = course_of(recipe, seed, data)
     course.mixed = mixed(device)
@@ -108,14 +106,14 @@ def train(
         remove_unused_columns=False,
         disable_tqdm=not bar,
     )
-    log = _JsonLog(out / LOG, kept=_step(checkpoint) if checkpoint else 0)
+    log = JsonLog(out / LOG, kept=step_of(checkpoint) if checkpoint else 0)
     trainer = _CourseTrainer(
         course,
         args=arguments,
         data_collator=itemgetter(0),
         callbacks=[_Watch(course), log],
     )
-    with _stop_on_signal(trainer):
+    with stop_on_signal(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < recipe.total_steps:
         raise KeyboardInterrupt(
@@ -151,60 +149,6 @@ class _Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and (figures := self.course.watch(state.global_step)):
             logs["validation"] = figures
-
-
-class _JsonLog(TrainerCallback):
-    """Appends what the Trainer logs to a file, one JSON object a line."""
-
-    def __init__(self, path: Path, kept: int):
-        self.path = path
-        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        # Steps after the checkpoint are run again; kept, they would stand in the log twice.
-        entries = [entry for entry in entries if entry["step"] <= kept]
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        self.began = time.monotonic() - (entries[-1]["seconds"] if entries else 0.0)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        with self.path.open("a") as file:
-            seconds = round(time.monotonic() - self.began, 1)
-            file.write(json.dumps({"step": state.global_step, "seconds": seconds, **(logs or {})}) + "\n")
-
-
-@contextmanager
-def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
-    """Turns the first Ctrl-C or SIGTERM into a checkpoint and an orderly end after the current step."""
-
-    class Stop(TrainerCallback):
-        asked = False
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.asked:
-                control.should_save = control.should_training_stop = True
-
-    stop = Stop()
-    trainer.add_callback(stop)
-
-    def ask(number: int, frame: Any) -> None:
-        stop.asked = True
-        # The second one ends the process as usual.
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _last_checkpoint(out: Path) -> Path | None:
-    # The Trainer writes its state last; a folder without it was cut off while being written.
-    whole = [state.parent for state in out.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=_step, default=None)
 
 
 def _claim(out: Path, recipe: Recipe, seed: int, *, resuming: bool) -> None:

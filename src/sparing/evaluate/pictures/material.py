@@ -25,6 +25,7 @@ from sparing.evaluate.removal import IMAGE_MODULES, MODULES, PrefillFlops, Remov
 from sparing.evaluate.tasks.metering import Meter
 from sparing.evaluate.tasks.verifiers import exact
 from sparing.evaluate.tasks.writing import write
+from sparing.execute import apply
 from sparing.execute.batches import pad_rows
 from sparing.plan import Policy
 from sparing.tokens import Group, TokenMap
@@ -81,7 +82,7 @@ class PictureMaterial(Material):
         missing = [asked for asked in self._asked if not asked.answer]
         for i, part in enumerate(parts := list(self._parts(missing))):
             name = "own answers " + ",".join(str(self._asked.index(asked)) for asked in part)
-            found = store.get(name, lambda part=part: {"ids": self._write(Removal(), part, OWN_TOKENS)})
+            found = store.get(name, lambda part=part: {"ids": self._write((), part, OWN_TOKENS)})
             for asked, ids in zip(part, found["ids"], strict=True):
                 self._asked[self._asked.index(asked)] = dataclasses.replace(asked, answer=ids)
             tell((i + 1) / len(parts), f"{len(part)} more questions answered by the stock model")
@@ -108,9 +109,15 @@ class PictureMaterial(Material):
 
     def loss(self, split: Split, removal: Removal) -> TextLoss:
         """Every token of an answer is predicted; its end is not."""
+        return self.loss_under(split, *self.policies(removal))
+
+    def loss_under(self, split: Split, *policies: Policy) -> TextLoss:
+        """The same under any policies; the stock model without."""
         asked = self._halves[split]
         order = _by_length(asked)
-        found = measure_batches(lambda: self.applied(removal), self.model, self._batches([asked[i] for i in order]))
+        found = measure_batches(
+            lambda: apply(self.model, *policies), self.model, self._batches([asked[i] for i in order])
+        )
         back = torch.tensor(order).argsort()
         return dataclasses.replace(
             found, tokens=found.tokens[back], windows=found.windows[back], predicted=found.predicted[back]
@@ -144,14 +151,27 @@ class PictureMaterial(Material):
             found |= {f"{i}.{j}": data_uri(image) for j, image in enumerate(seen) if image is not None}
         return found
 
+    def batches(self, split: Split) -> Iterator[Batch]:
+        """One half, its answers teacher-forced, the shortest prompts first."""
+        asked = self._halves[split]
+        yield from self._batches([asked[i] for i in _by_length(asked)])
+
+    def asked(self, split: Split) -> list[PictureQuestion]:
+        """The questions of one half."""
+        return [each.question for each in self._halves[split]]
+
     def answers(self, removal: Removal) -> list[str]:
         """Greedily decoded."""
+        return self.answers_under(*self.policies(removal))
+
+    def answers_under(self, *policies: Policy) -> list[str]:
+        """The same under any policies; the stock model's without."""
         asked = self._halves["report"]
         most = min(MOST_WRITTEN, max(LEAST_WRITTEN, 2 * max(len(each.answer) for each in asked)))
         found: dict[int, str] = {}
         order = _by_length(asked)
         for part in self._parts([asked[i] for i in order]):
-            for ids in self._write(removal, part, most):
+            for ids in self._write(policies, part, most):
                 found[order[len(found)]] = self._text(ids)
         return [found[i] for i in range(len(asked))]
 
@@ -257,13 +277,13 @@ class PictureMaterial(Material):
         if part:
             yield part
 
-    def _write(self, removal: Removal, part: Sequence[Asked], most: int) -> list[list[int]]:
+    def _write(self, policies: Sequence[Policy], part: Sequence[Asked], most: int) -> list[list[int]]:
         """The tokens that a planned model writes, without what ended them."""
         row = self._on_device([asked.prompt for asked in part])
         row.pop("position_ids", None)
         ids, mask = row.pop("input_ids"), row.pop("attention_mask")
         most = max(1, min(most, self.longest - ids.shape[1]))
-        with self.applied(removal) as run:
+        with apply(self.model, *policies) as run:
             meter = Meter(run, self.model)
             written = write(self.model, self._tokenizer, meter, ids, mask, max_new_tokens=most, **row)
         found = [list(each.ids[: len(each.ids) - each.finished]) for each in written]
