@@ -197,7 +197,9 @@ class RaggedLayer(CacheLayerMixin):
                 if id(part.where) not in memo:
                     memo[id(part.where)] = part.where.select(rows.tolist())
             self.given = tuple(
-                dataclasses.replace(part, where=memo[id(part.where)]) for part in self.given if memo[id(part.where)].rows
+                dataclasses.replace(part, where=memo[id(part.where)])
+                for part in self.given
+                if memo[id(part.where)].rows
             )
         if self.keys is None or self.index is None:
             return

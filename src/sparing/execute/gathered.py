@@ -132,7 +132,8 @@ class Gathered:
         if readers.none:
             return None, readers
         if given:
-            mixed = self._beside(run, layer, x, readers, (keys, values, index, holes), given, plan, normed if readers is written else None)
+            known = normed if readers is written else None
+            mixed = self._beside(run, layer, x, readers, (keys, values, index, holes), given, plan, known)
             out = anatomy.project(layer, readers.unpad(mixed))
             return anatomy.finish_attention(layer, out), readers
         if keys is None or values is None or index is None:

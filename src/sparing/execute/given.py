@@ -178,8 +178,7 @@ def _check_pictures(row: int, found: Sequence[ImageSpan], held: Sequence[ImageSp
         sizes = [[span.stop - span.start for span in spans] for spans in (found, held)]
         raise ValueError(
             f"row {row} has pictures of {sizes[0]} image tokens, the prefix holds {sizes[1]} for it: say which pictures a row "
-            "shows (prefix.apply(pictures=...)); where a family cuts a picture differently in company (LLaVA-OneVision), make a "
-            "prefix of the pictures that stand together"
+            "shows (prefix.apply(pictures=...))"
         )
 
 
@@ -232,9 +231,11 @@ def attend_beside(
         mine = [part.where.of(x) for x in (query, keys, values)]
         total = keys.shape[2] + sum(k.shape[1] for k in part.keys)
         size = max(MOST_SCORES // max(mine[0].shape[0] * heads * total, 1), 1)
+        parts = range(0, q, size)
+        masks = [None if mask is None else mask[:, at : at + size] for at in parts]
         blocks = [
-            _joint(mine[0][:, :, at : at + size], mine[1], mine[2], part, None if mask is None else mask[:, at : at + size], scaling, cap)
-            for at in range(0, q, size)
+            _joint(mine[0][:, :, at : at + size], *mine[1:], part, hidden, scaling, cap)
+            for at, hidden in zip(parts, masks, strict=True)
         ]
         mixed = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
         if some is not None:
@@ -247,7 +248,13 @@ def attend_beside(
 
 
 def _joint(
-    query: Tensor, keys: Tensor, values: Tensor, given: GivenKeys, mask: Tensor | None, scaling: float, cap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    given: GivenKeys,
+    mask: Tensor | None,
+    scaling: float,
+    cap: float | None,
 ) -> Tensor:
     """One group: scores `[kv_heads n group*q s]`, so that a given key meets all queries of its head in one product."""
     (n, heads, q, dim), kv = query.shape, keys.shape[1]
@@ -256,11 +263,12 @@ def _joint(
     folded = grouped.transpose(0, 1).reshape(kv, n * group * q, dim)
     nothing = query.new_empty(())
     scores = [
-        torch.baddbmm(nothing, folded, k.transpose(1, 2), beta=0, alpha=scaling).view(kv, n, group * q, -1) for k in given.keys
+        torch.baddbmm(nothing, folded, k.transpose(1, 2), beta=0, alpha=scaling).view(kv, n, group * q, -1)
+        for k in given.keys
     ]
-    own = torch.baddbmm(
-        nothing, grouped.flatten(0, 1), keys.transpose(2, 3).flatten(0, 1), beta=0, alpha=scaling
-    ).view(n, kv, group * q, -1)
+    own = torch.baddbmm(nothing, grouped.flatten(0, 1), keys.transpose(2, 3).flatten(0, 1), beta=0, alpha=scaling).view(
+        n, kv, group * q, -1
+    )
     joined = capped(torch.cat([*scores, own.transpose(0, 1)], dim=-1), cap)
     if mask is not None:
         by_head = joined.view(kv, n, group, q, -1)

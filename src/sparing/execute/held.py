@@ -6,7 +6,6 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from sparing.anatomy import Anatomy

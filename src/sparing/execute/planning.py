@@ -91,7 +91,9 @@ class Pass:
             moved = view.position_ids.expand(self.new.batch, -1)
             self.state.tokens = self.new = dataclasses.replace(self.new, position_ids=moved)
         if self.given is not None:
-            self.given.settle(self.anatomy.positions(view.position_ids.expand(*view.position_ids.shape[:-2], self.new.batch, -1)))
+            self.given.settle(
+                self.anatomy.positions(view.position_ids.expand(*view.position_ids.shape[:-2], self.new.batch, -1))
+            )
         return embeds, view.position_ids
 
     def plan_attend(self, layer: int, residual: Callable[[], Tensor]) -> LayerPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class VisionPrefix:
         ids = made["input_ids"][0]
         cuts = [-1, *(ids == tokenizer.eos_token_id).nonzero().flatten().tolist(), len(ids)]
         self._words: list[str] = []
-        bounds = [(a + 1, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        bounds = [(a + 1, b) for a, b in itertools.pairwise(cuts)]
         for start, stop in bounds:
             words = tokenizer.decode(ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             if tokenizer(words, add_special_tokens=False)["input_ids"] != ids[start:stop].tolist():
@@ -139,6 +140,7 @@ class VisionPrefix:
         if bounds is None and len(counts) > 1:
             self._rows = tuple(tuple(every[sum(counts[:r]) : sum(counts[: r + 1])]) for r in range(len(counts)))
         self._sizes = {name: inputs[name] for name in PICTURES if name in inputs and name not in PIXELS}
+        self._company = [len(pictures)] * len(pictures) if bounds is not None else [n for n in counts for _ in range(n)]
         self._counted = [name for name in COUNTS if name in inputs]
         self._weights = _versions(anatomy.decoder)
 
@@ -165,7 +167,9 @@ class VisionPrefix:
             ValueError: a prefix made by `from_inputs`, or a prompt with another number of image tokens than pictures.
         """
         if self.processor is None:
-            raise ValueError("a prefix made by from_inputs has no processor: build the batch as that one was built, without pixels")
+            raise ValueError(
+                "a prefix made by from_inputs has no processor: build the batch as that one was built, without pixels"
+            )
         questions = [questions] if isinstance(questions, str) else list(questions)
         shown = self._shown(len(questions), pictures)
         sign = _sign(self.processor)
@@ -204,16 +208,18 @@ class VisionPrefix:
             ValueError: the model is in training mode, has changed since, or follows other policies.
         """
         if self.model.training:
-            raise ValueError("a prefix has no gradients: call model.eval(); to train, use sparing.apply on the pictures themselves")
+            raise ValueError(
+                "a prefix has no gradients: call model.eval(); to train, use sparing.apply on the pictures themselves"
+            )
         if _versions(self.anatomy.decoder) != self._weights:
-            raise ValueError("the model's weights have changed since the pictures were encoded: make a new VisionPrefix")
+            raise ValueError(
+                "the model's weights have changed since the pictures were encoded: make a new VisionPrefix"
+            )
         bound = _Bound(self, None if pictures is None else tuple(map(tuple, pictures)))
         run = run_of(self.model)
         with contextlib.ExitStack() as stack:
             if run is None:
-                run = stack.enter_context(
-                    Run(self.model, self.policy, execute="gathered", tokens=None, force=False)
-                )
+                run = stack.enter_context(Run(self.model, self.policy, execute="gathered", tokens=None, force=False))
             elif repr(run.policy) != repr(self.policy) or run.executor != "gathered":
                 raise ValueError(
                     f"the model follows {run!r} (execute={run.executor!r}), the prefix is for {self.policy!r}: leave that apply first"
@@ -243,9 +249,16 @@ class VisionPrefix:
         if given is None:
             return [every] * rows
         if not given or rows % len(given):
-            raise ValueError(f"pictures= speaks of {len(given)} rows, the batch has {rows}: name the pictures of each row")
+            raise ValueError(
+                f"pictures= speaks of {len(given)} rows, the batch has {rows}: name the pictures of each row"
+            )
         if strange := sorted({p for row in given for p in row} - set(every)):
             raise ValueError(f"pictures= names picture {strange[0]}; the prefix holds 0..{len(every) - 1}")
+        if self._counted and any((self._company[p] == 1) != (len(row) == 1) for row in given for p in row):
+            raise ValueError(
+                "this family encodes a picture alone in its row otherwise than in company: make a prefix of the pictures that "
+                "stand together"
+            )
         return [tuple(row) for row in given for _ in range(rows // len(given))]
 
 
