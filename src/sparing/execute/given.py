@@ -18,6 +18,9 @@ from sparing.tokens import Group, ImageSpan, TokenMap
 MOST_SCORES = 2**26
 """Attention beside given keys holds about this many scores at a time."""
 
+FAR = -1e30
+"""Added to a score that is not to count."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GivenRows:
@@ -162,7 +165,9 @@ class Given:
             keys, values = self.held.keys(layer, places)
             if isinstance(read, Tensor) and places:
                 where, kept = memo(("given", id(read), id(group)), lambda g=where: _chosen(g, read), read, group)
-                if kept is not None:
+                if kept is not None and not len(kept):
+                    keys = values = ()
+                elif kept is not None:
                     keys, values = ((torch.cat(parts, dim=1).index_select(1, kept),) for parts in (keys, values))
             found.append(GivenKeys(where, keys, values))
         return tuple(found)
@@ -207,9 +212,9 @@ def attend_beside(
 ) -> Float[Tensor, "b q heads*head_dim"]:
     """Softmax attention over given keys and a row's own, without bringing them together.
 
-    The given part of the scores is one matrix product for all rows of a group, so that shared keys are neither repeated for each
-    row nor read once a row; one softmax (in float32) runs over both parts of the scores, and each part of the weights meets its
-    own values. This is exact: no sum is approximated or merged afterwards.
+    All queries of a group meet the given keys in one product, so that shared keys are neither repeated for each row nor read once
+    a row. What remains is exact: one softmax over both parts of the scores (in float32); on a CPU, where no gradient is asked for,
+    each part by PyTorch's fused kernel, put together by their log-sum-exps.
 
     Args:
         query: rotated queries.
@@ -221,8 +226,8 @@ def attend_beside(
         scaling: of the scores.
         cap: of the scores, where the family has one.
 
-    Paper: the shared part is computed as in Hydragen (2402.05099); differs: one softmax over both parts instead of two that are
-        merged by their log-sum-exp.
+    Paper: Hydragen (2402.05099), section 3: attention over a shared prefix batched across sequences. Differs: the prefix need not
+        come first (masks say who sees it), and parts are merged only where the fused kernel gives their log-sum-exp.
     """
     b, heads, q, dim = query.shape
     out = query.new_empty(b, q, heads * dim) if len(given) > 1 else None
@@ -232,9 +237,10 @@ def attend_beside(
         total = keys.shape[2] + sum(k.shape[1] for k in part.keys)
         size = max(MOST_SCORES // max(mine[0].shape[0] * heads * total, 1), 1)
         parts = range(0, q, size)
+        compute = _merged if query.device.type == "cpu" and cap is None and not _needs_gradient(query, keys) else _joint
         masks = [None if mask is None else mask[:, at : at + size] for at in parts]
         blocks = [
-            _joint(mine[0][:, :, at : at + size], *mine[1:], part, hidden, scaling, cap)
+            compute(mine[0][:, :, at : at + size], *mine[1:], part, hidden, scaling, cap)
             for at, hidden in zip(parts, masks, strict=True)
         ]
         mixed = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
@@ -245,6 +251,60 @@ def attend_beside(
         out[torch.tensor(part.where.rows, device=out.device)] = mixed
     assert out is not None
     return out
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _merged(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    given: GivenKeys,
+    mask: Tensor | None,
+    scaling: float,
+    cap: float | None,
+) -> Tensor:
+    """One group on a CPU: each part by the fused kernel, with the queries of a key's head as further queries, then merged.
+
+    The kernel that `scaled_dot_product_attention` runs here also returns the log-sum-exp of each query's scores; no public
+    function hands it on. Masked scores are far below all others instead of infinitely, so that a part in which a query sees
+    nothing has a weight of zero and no NaN.
+    """
+    (n, heads, q, dim), kv = query.shape, keys.shape[1]
+    group = heads // kv
+    grouped = query.reshape(n, kv, group * q, dim)
+    folded = grouped.transpose(0, 1).reshape(1, kv, n * group * q, dim)
+    sizes = [*(k.shape[1] for k in given.keys), keys.shape[2]]
+    hidden: list[Tensor | None] = [None] * len(sizes)
+    if mask is not None:
+        added = torch.where(mask, 0.0, FAR).unsqueeze(1).expand(n, group, q, -1).flatten(1, 2)
+        hidden = list(added.split(sizes, dim=-1))
+    outs, sums = [], []
+    for k, v, m in zip(given.keys, given.values, hidden, strict=False):
+        out, total = _fused(folded, k.unsqueeze(0), v.unsqueeze(0), None if m is None else m.reshape(1, n * group * q, -1), scaling)
+        outs.append(out.view(kv, n, group * q, dim).transpose(0, 1))
+        sums.append(total.view(kv, n, group * q).transpose(0, 1))
+    if keys.shape[2]:
+        out, total = _fused(grouped, keys, values, hidden[-1], scaling)
+        outs.append(out)
+        sums.append(total)
+    if len(outs) == 1:
+        mixed = outs[0]
+    else:
+        shares = torch.stack(sums).softmax(0).unsqueeze(-1)
+        mixed = sum(out * share for out, share in zip(outs, shares, strict=True)).to(query.dtype)  # type: ignore[union-attr]
+    return mixed.reshape(n, heads, q, dim).transpose(1, 2).flatten(2)
+
+
+def _fused(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """`[b heads q head_dim]` and the log-sum-exp `[b heads q]` of the scores."""
+    # The kernel itself divides by these.
+    assert query.shape[2] and keys.shape[2], "attention over nothing"
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, attn_mask=None if mask is None else mask.unsqueeze(1), scale=scaling
+    )
 
 
 def _joint(
