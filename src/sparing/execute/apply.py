@@ -353,8 +353,14 @@ class Run:
         for kind in {self.anatomy.rotary_kind(layer) for layer in range(run.state.depth)}:
             if kind is not None:
                 run.rotary[kind] = self.anatomy.rotary(held[0], position_ids, kind)
-        last, hidden = self._executor.run(run, held, bool(keep))
+        last, hidden = self._executor.run(run, held, bool(keep), None if keep else self._wanted())
         return self.anatomy.output(last_hidden_state=last, past_key_values=cache, hidden_states=_selected(hidden, keep))
+
+    def _wanted(self) -> int | None:
+        """How many last tokens the model around the decoder reads of its output, where nobody else looks at it; `None`: all."""
+        keep = self._called_with.get("logits_to_keep", 0)
+        alone = isinstance(keep, int) and keep > 0 and not self.anatomy.decoder._forward_hooks
+        return keep if alone else None
 
     def _begin(self, seen: dict[str, Any], embeds: Tensor) -> RunState:
         """A new prompt: its map, its memory, its ledger."""

@@ -37,20 +37,25 @@ class Gathered:
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
         self._eager = False
+        self._unit: Tensor | None = None
         anatomy.masks(exact=True)
 
-    def run(self, run: Pass, held: list[Tensor], keep_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def run(
+        self, run: Pass, held: list[Tensor], keep_hidden: bool, keep_last: int | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers and the final norm.
 
         Args:
             run: the pass.
             held: the embeddings `[b t d]`, alone in a list, so that their memory is free once they are used.
             keep_hidden: whether to return each layer's input as well.
+            keep_last: how many last tokens the final norm is asked of; all by default.
         """
         anatomy = self.anatomy
         # Asked again: the model's attention can be changed between passes.
         anatomy.masks(exact=True)
         self._eager = anatomy.attention_backend == "eager"
+        self._unit = None
         looks_back = any(p.looks_back for p in run.policies)
         x = Residual(held.pop(), in_place=not torch.is_grad_enabled())
         hidden: list[Tensor] = []
@@ -86,7 +91,9 @@ class Gathered:
                     x.add(rows, addition[1].to(x.take(rows)).view_as(x.take(rows)))
             if run.given is not None:
                 run.given.passed(layer, run.here(layer + 1))
-        last = anatomy.decoder.norm(run.filled(x.whole(), len(anatomy.layers)))
+        self._unit = None
+        end = run.filled(x.whole(), len(anatomy.layers))
+        last = anatomy.decoder.norm(end if keep_last is None else end[:, -keep_last:])
         return last, (*hidden, last) if keep_hidden else ()
 
     def _attention(self, run: Pass, layer: int, x: Residual, plan: LayerPlan) -> tuple[Tensor | None, Rows]:
@@ -114,7 +121,7 @@ class Gathered:
         keys = values = index = None
         holes = False
         if not written.none:
-            normed = norm(x.take(written))
+            normed = self._normed(run, layer, x, plan, written)
             key = run.rotate(layer, anatomy.key(layer, normed), written)
             keys = written.pad(key).transpose(1, 2)
             values = written.pad(anatomy.value(layer, normed)).transpose(1, 2)
@@ -181,6 +188,16 @@ class Gathered:
             mixed = torch.where(some, mixed, 0)
         out = anatomy.project(layer, readers.unpad(mixed))
         return anatomy.finish_attention(layer, out), readers
+
+    def _normed(self, run: Pass, layer: int, x: Residual, plan: LayerPlan, written: Rows) -> Tensor:
+        """Rows behind the layer's norm, packed. Pictures that no layer changes are normalised once; layers differ in weights."""
+        norm, frozen = self.anatomy.attention_norm(layer), run.frozen
+        rest = None if frozen is None or not self.anatomy.shares_norms else run.rows(run.changing(plan, frozen))
+        if rest is None or rest is written or not written.every:
+            return norm(x.take(written))
+        if self._unit is None:
+            self._unit = self.anatomy.unit_norm(x.whole())
+        return rest.put(norm.weight * self._unit, norm(x.take(rest)), in_place=not torch.is_grad_enabled())
 
     def _beside(
         self,

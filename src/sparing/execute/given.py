@@ -122,19 +122,14 @@ class Given:
         return x.reshape(-1, x.shape[-1]).index_copy(0, self._flat, states.to(x.dtype)).view_as(x)
 
     def others(self, masks: tuple[Mask, Mask, Mask], layer: int) -> Mask:
-        """What a layer reads beside the given tokens; the same tensor as one of `masks` (read, attend, feed) where it is equal.
-
-        Executors share what they derive from masks by identity, so an equal mask must not be another one.
-        """
+        """What a layer reads beside the given tokens; `masks` are the plan's read, attend and feed."""
         read = masks[0]
         if isinstance(read, Tensor) and not self.holds(layer) and bool((read & self.image).any()):
             raise ValueError(
                 f"a policy reads pictures in layer {layer}, for which the prefix holds no keys: its `unread({layer})` says that "
                 "no picture is read there"
             )
-        others = ~self.image if read is True else read & ~self.image
-        same = (m for m in masks if isinstance(m, Tensor) and m.shape == others.shape and torch.equal(m, others))
-        return next(same, others)
+        return beside(self.image, read, masks)
 
     def settle(self, positions: Tensor) -> None:
         """Find which rows are alike, once the prompt's positions (`[b t]` or `[axes b t]`) are known."""
@@ -171,6 +166,16 @@ class Given:
                     keys, values = ((torch.cat(parts, dim=1).index_select(1, kept),) for parts in (keys, values))
             found.append(GivenKeys(where, keys, values))
         return tuple(found)
+
+
+def beside(tokens: Tensor, among: Mask, masks: Sequence[Mask]) -> Tensor:
+    """`[b t]`, who is `among` these but not one of `tokens`; where one of `masks` is equal, that very tensor.
+
+    What layers derive from masks is shared by identity, so that an equal mask must not be another one.
+    """
+    others = ~tokens if among is True else ~tokens & among
+    same = (m for m in masks if isinstance(m, Tensor) and m.shape == others.shape and torch.equal(m, others))
+    return next(same, others)
 
 
 def _check_pictures(row: int, found: Sequence[ImageSpan], held: Sequence[ImageSpan]) -> None:
@@ -233,14 +238,14 @@ def attend_beside(
     out = query.new_empty(b, q, heads * dim) if len(given) > 1 else None
     for part in given:
         mask, some = may(part.where)
-        mine = [part.where.of(x) for x in (query, keys, values)]
+        ours, own_keys, own_values = (part.where.of(x) for x in (query, keys, values))
         total = keys.shape[2] + sum(k.shape[1] for k in part.keys)
-        size = max(MOST_SCORES // max(mine[0].shape[0] * heads * total, 1), 1)
+        size = max(MOST_SCORES // max(ours.shape[0] * heads * total, 1), 1)
         parts = range(0, q, size)
         compute = _merged if query.device.type == "cpu" and cap is None and not _needs_gradient(query, keys) else _joint
         masks = [None if mask is None else mask[:, at : at + size] for at in parts]
         blocks = [
-            compute(mine[0][:, :, at : at + size], *mine[1:], part, hidden, scaling, cap)
+            compute(ours[:, :, at : at + size], own_keys, own_values, part, hidden, scaling, cap)
             for at, hidden in zip(parts, masks, strict=True)
         ]
         mixed = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
@@ -283,7 +288,9 @@ def _merged(
         hidden = list(added.split(sizes, dim=-1))
     outs, sums = [], []
     for k, v, m in zip(given.keys, given.values, hidden, strict=False):
-        out, total = _fused(folded, k.unsqueeze(0), v.unsqueeze(0), None if m is None else m.reshape(1, n * group * q, -1), scaling)
+        out, total = _fused(
+            folded, k.unsqueeze(0), v.unsqueeze(0), None if m is None else m.reshape(1, n * group * q, -1), scaling
+        )
         outs.append(out.view(kv, n, group * q, dim).transpose(0, 1))
         sums.append(total.view(kv, n, group * q).transpose(0, 1))
     if keys.shape[2]:
@@ -301,7 +308,7 @@ def _merged(
 def _fused(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
     """`[b heads q head_dim]` and the log-sum-exp `[b heads q]` of the scores."""
     # The kernel itself divides by these.
-    assert query.shape[2] and keys.shape[2], "attention over nothing"
+    assert query.shape[2] * keys.shape[2] > 0, "attention over nothing"
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, keys, values, attn_mask=None if mask is None else mask.unsqueeze(1), scale=scaling
     )

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from sparing.anatomy import Anatomy
 from sparing.execute.cache import PlannedCache, RaggedLayer, RunState
-from sparing.execute.given import Given
+from sparing.execute.given import Given, beside
 from sparing.execute.rows import Rows
 from sparing.execute.views import LayerView, StartView
 from sparing.execute.visibility import visible, within
 from sparing.plan import FULL, LayerPlan, Policy
 from sparing.plan.layer_plan import Mask, Sees, both
 from sparing.plan.ledger import LayerRecord, PassRecord
-from sparing.tokens import ImageSpan, TokenMap
+from sparing.tokens import Group, ImageSpan, TokenMap
 
 
 class Pass:
@@ -176,6 +176,20 @@ class Pass:
         masks = (plan.read, plan.attend, plan.feed)
         held = given.holds(layer)
         return self.memo(("own", held, *map(id, masks)), lambda: given.others(masks, layer), *masks)
+
+    @property
+    def frozen(self) -> Tensor | None:
+        """`[b t]`, the pictures' tokens, where no layer changes them: neither a branch nor what a model adds between layers."""
+        if self.given is not None or self.additions or not self.new.has(Group.IMAGE):
+            return None
+        if not any(Group.IMAGE in policy.freezes for policy, _ in self._deciding()):
+            return None
+        return self.memo(("frozen",), lambda: self.new.of(Group.IMAGE))
+
+    def changing(self, plan: LayerPlan, frozen: Tensor) -> Mask:
+        """Tokens that are not frozen: the same tensor as one of the plan's masks, where it is one of them."""
+        masks = (plan.attend, plan.feed)
+        return self.memo(("changing", *map(id, masks)), lambda: beside(frozen, self.valid, masks), *masks)
 
     def here(self, layer: int) -> Mask:
         """Which new tokens are neither padding nor dropped in this layer; `True` if all are."""
