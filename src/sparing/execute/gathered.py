@@ -59,13 +59,18 @@ class Gathered:
         looks_back = any(p.looks_back for p in run.policies)
         x = Residual(held.pop(), in_place=not torch.is_grad_enabled())
         hidden: list[Tensor] = []
+
+        def whole(level: int) -> Tensor:
+            """The residual stream for whoever looks at it, given tokens put in."""
+            return run.filled(x.whole(), level)
+
         for layer in range(len(anatomy.layers)):
-            whole = functools.partial(_whole, run, x, layer)
+            residual = functools.partial(whole, layer)
             if keep_hidden and layer == 0:
-                hidden.append(whole().clone())
+                hidden.append(residual().clone())
             # Kept only for those who look back: it is a whole residual stream.
             layer_input = run.filled(x.keep(), layer) if looks_back else None
-            plan = run.plan_attend(layer, whole)
+            plan = run.plan_attend(layer, residual)
             assert plan.zeroes is None, "ablations are refused when applied"
             assert plan.rewrites is None, "ablations are refused when applied"
             _refuse_gate_gradients(plan.attend_weight)
@@ -74,7 +79,7 @@ class Gathered:
             branch, rows = self._attention(run, layer, x, plan)
             if branch is not None:
                 x.add(rows, _weighted(branch, plan.attend_weight, rows))
-            plan = run.plan_feed(layer, whole, layer_input, plan)
+            plan = run.plan_feed(layer, residual, layer_input, plan)
             _refuse_gate_gradients(plan.feed_weight)
             rows = run.rows(plan.feed, plan.capacity)
             if not rows.none:
@@ -84,7 +89,7 @@ class Gathered:
                 x.replace(before + plan.block_weight.unsqueeze(-1).to(before.dtype) * (x.whole() - before))
             if keep_hidden and layer + 1 < len(anatomy.layers):
                 # As in transformers: without what is added between layers.
-                hidden.append(whole().clone())
+                hidden.append(residual().clone())
             if (addition := run.addition(layer)) is not None:
                 rows = run.rows(addition[0])
                 if not rows.none:
@@ -92,8 +97,10 @@ class Gathered:
             if run.given is not None:
                 run.given.passed(layer, run.here(layer + 1))
         self._unit = None
-        end = run.filled(x.whole(), len(anatomy.layers))
-        last = anatomy.decoder.norm(end if keep_last is None else end[:, -keep_last:])
+        if keep_last is not None and (run.given is None or run.given.reach <= run.new.length - keep_last):
+            last = anatomy.decoder.norm(x.whole()[:, -keep_last:])
+        else:
+            last = anatomy.decoder.norm(whole(len(anatomy.layers)))
         return last, (*hidden, last) if keep_hidden else ()
 
     def _attention(self, run: Pass, layer: int, x: Residual, plan: LayerPlan) -> tuple[Tensor | None, Rows]:
@@ -278,11 +285,6 @@ class Gathered:
             enable_gqa=groups > 1,
         )
         return mixed.transpose(1, 2).flatten(2)
-
-
-def _whole(run: Pass, x: Residual, layer: int) -> Tensor:
-    """The residual stream for whoever looks at it: given tokens are put in."""
-    return run.filled(x.whole(), layer)
 
 
 def _shifted(index: Tensor, start: int) -> Tensor:

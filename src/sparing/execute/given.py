@@ -95,6 +95,8 @@ class Given:
             self._host.append(torch.cat([nowhere, *(torch.arange(span.start, span.stop) for span in row)]))
             self._index.append(self._host[-1].to(device))
             source += [torch.arange(held.pictures[p].start, held.pictures[p].stop) for p in pictures]
+        self.reach = max((span.stop for row in tokens.images for span in row), default=0)
+        """Behind the last given token."""
         length = tokens.length
         self._flat = torch.cat([index + r * length for r, index in enumerate(self._index)])
         self._source = torch.cat(source).to(device) if source else self._flat
@@ -278,31 +280,50 @@ def _merged(
     nothing has a weight of zero and no NaN.
     """
     (n, heads, q, dim), kv = query.shape, keys.shape[1]
-    group = heads // kv
-    grouped = query.reshape(n, kv, group * q, dim)
-    folded = grouped.transpose(0, 1).reshape(1, kv, n * group * q, dim)
-    sizes = [*(k.shape[1] for k in given.keys), keys.shape[2]]
-    hidden: list[Tensor | None] = [None] * len(sizes)
-    if mask is not None:
-        added = torch.where(mask, 0.0, FAR).unsqueeze(1).expand(n, group, q, -1).flatten(1, 2)
-        hidden = list(added.split(sizes, dim=-1))
-    outs, sums = [], []
-    for k, v, m in zip(given.keys, given.values, hidden, strict=False):
-        out, total = _fused(
-            folded, k.unsqueeze(0), v.unsqueeze(0), None if m is None else m.reshape(1, n * group * q, -1), scaling
-        )
-        outs.append(out.view(kv, n, group * q, dim).transpose(0, 1))
-        sums.append(total.view(kv, n, group * q).transpose(0, 1))
+    group, shared = heads // kv, sum(k.shape[1] for k in given.keys)
+    outs: list[Tensor] = []
+    sums: list[Tensor] = []
     if keys.shape[2]:
-        out, total = _fused(grouped, keys, values, hidden[-1], scaling)
-        outs.append(out)
-        sums.append(total)
-    if len(outs) == 1:
-        mixed = outs[0]
-    else:
-        shares = torch.stack(sums).softmax(0).unsqueeze(-1)
-        mixed = sum(out * share for out, share in zip(outs, shares, strict=True)).to(query.dtype)  # type: ignore[union-attr]
+        hidden = None if mask is None else _added(mask[:, :, shared:], group)
+        out, total = _fused(query.reshape(n, kv, group * q, dim), keys, values, hidden, scaling)
+        outs.append(out.view(n, kv, group, q, dim))
+        sums.append(total.view(n, kv, group, q))
+    # Queries in front of the pictures see none of them, and those behind see all: both need no mask.
+    first, plain = (0, True) if mask is None else _split(mask[:, :, :shared])
+    first = first if outs else 0
+    late = query.view(n, kv, group, q, dim)[..., first:, :]
+    folded = late.transpose(0, 1).reshape(1, kv, -1, dim)
+    before = 0
+    for k, v in zip(given.keys, given.values, strict=True):
+        hidden = None
+        if mask is not None and not plain:
+            hidden = _added(mask[:, first:, before : before + k.shape[1]], group).reshape(1, folded.shape[2], -1)
+        if folded.shape[2]:
+            out, total = _fused(folded, k.unsqueeze(0), v.unsqueeze(0), hidden, scaling)
+            outs.append(out.view(kv, n, group, q - first, dim).transpose(0, 1))
+            sums.append(total.view(kv, n, group, q - first).transpose(0, 1))
+        before += k.shape[1]
+    mixed = outs[0]
+    if len(outs) > 1:
+        ends = [out[..., out.shape[3] - (q - first) :, :] for out in outs]
+        shares = torch.stack([total[..., total.shape[3] - (q - first) :] for total in sums]).softmax(0).unsqueeze(-1)
+        merged = ends[0] * shares[0]
+        for out, share in zip(ends[1:], shares[1:], strict=True):
+            merged = torch.addcmul(merged, out, share) if out.dtype == merged.dtype else merged + out * share
+        mixed = torch.cat([outs[0][..., :first, :], merged.to(query.dtype)], dim=3)
     return mixed.reshape(n, heads, q, dim).transpose(1, 2).flatten(2)
+
+
+def _added(mask: Tensor, group: int) -> Tensor:
+    """`[n q s]`, who may meet whom, to what is added to the scores of `group` queries a place: `[n group*q s]`."""
+    return torch.where(mask, 0.0, FAR).unsqueeze(1).expand(-1, group, -1, -1).flatten(1, 2)
+
+
+def _split(mask: Tensor) -> tuple[int, bool]:
+    """From which query on any key is seen, and whether all are seen from there on. mask: `[n q s]`, on the host."""
+    some, every = mask.any(-1).any(0), mask.all(-1).all(0)
+    first = int(some.int().argmax()) if bool(some.any()) else mask.shape[1]
+    return first, bool(every[first:].all())
 
 
 def _fused(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
