@@ -9,6 +9,7 @@ import torch
 import processors
 import sparing
 from models import llama, llava, llava_batch, text_batch
+from sparing.execute import given
 from sparing.policies import DropTokens, EnterLate, FastV, PyramidDrop, SkipModules, ViCA
 from sparing.tokens import Group
 from vision_models import FAMILIES, IMAGE
@@ -107,6 +108,30 @@ def test_attention_in_blocks(monkeypatch):
     monkeypatch.setattr("sparing.execute.given.MOST_SCORES", 1000)
     model, inputs = llava(), llava_batch("left")
     compare(model, inputs, ViCA([0, 2]), sparing.VisionPrefix.from_inputs(model, inputs, ViCA([0, 2])))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_attention_off_the_cpu(monkeypatch, family):
+    """The way of other devices, and of gradients: one softmax over both parts of the scores."""
+    monkeypatch.setattr(given, "_merged", given._joint)
+    build, batch = BATCHES[family]
+    model, inputs = build(), batch("left")
+    for policy in (POLICIES["vica"](), POLICIES["dropped"](), POLICIES["fastv"](), POLICIES["entering"]()):
+        compare(model, inputs, policy, sparing.VisionPrefix.from_inputs(model, inputs, policy))
+
+
+def test_gradients_reach_the_text():
+    """In eval mode with gradients on, those of the text are as under plain `apply`; held keys are constants."""
+    model, inputs = llava(), llava_batch("left")
+    prefix = sparing.VisionPrefix.from_inputs(model, inputs, ViCA([0, 2]))
+    found = []
+    for batch, context in ((inputs, lambda: sparing.apply(model, ViCA([0, 2]))), (asked(inputs), prefix.apply)):
+        model.zero_grad()
+        with context():
+            model(**batch).logits[inputs["attention_mask"].bool()].square().mean().backward()
+        found.append(model.model.language_model.layers[2].mlp.up_proj.weight.grad.clone())
+    model.zero_grad()
+    assert (found[0] - found[1]).abs().max() <= 1e-4 * found[0].abs().max()
 
 
 def pictures_of(name):
