@@ -34,15 +34,17 @@ test: setup ## the tests, offline
 test-versions: ## the tests on other versions of transformers (an environment each; slow, by night)
 	$(call threads,1) $(offline) $(PYTHON) tests/versions.py $(VERSIONS) --pytest='-q -n $(THREADS) --dist worksteal $(ARGS)'
 
-bench: setup ## the benchmarks on this CPU: executors, families, checkpoints, studies, lenses
+bench: setup ## the benchmarks on this CPU: executors, ViCA, families, checkpoints, studies, lenses
 	$(call threads,$(THREADS)) $(BIN)/python benchmarks/engine.py --json benchmarks/results/engine.json
+	$(call threads,$(THREADS)) $(BIN)/python benchmarks/vica.py --json benchmarks/results/vica.json
 	$(call threads,1) $(BIN)/python benchmarks/families.py --json benchmarks/results/families.json
 	$(call threads,1) $(BIN)/python benchmarks/checkpoints.py --json benchmarks/results/checkpoints.json
 	$(call threads,1) $(BIN)/python benchmarks/study.py --json benchmarks/results/study.json
 	$(call threads,$(THREADS)) $(BIN)/python benchmarks/embedlens.py --json benchmarks/results/embedlens.json
 
-gpu: setup ## time the executors on a GPU
+gpu: setup ## time the executors and ViCA on a GPU
 	$(BIN)/python benchmarks/gpu_engine.py --json benchmarks/results/gpu_engine.json
+	$(BIN)/python benchmarks/gpu_vica.py --json benchmarks/results/gpu_vica.json
 
 test-quant: setup ## the tests on quantised weights, in .venv-quant: torchao talks in every process that has it
 	test -e .venv-quant/.installed || ($(PYTHON) -m venv .venv-quant && \

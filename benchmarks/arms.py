@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -9,7 +10,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from sparing.plan import LayerPlan, Policy, View
 from sparing.tokens import Group, TokenMap
@@ -48,6 +55,51 @@ def picture_prompt(model, batch: int, visual: int = 576, text: int = 64) -> tupl
     generator = torch.Generator(device).manual_seed(1)
     embeds = torch.randn(*group.shape, model.config.hidden_size, generator=generator, device=device).to(model.dtype)
     return {"inputs_embeds": embeds, "logits_to_keep": 1}, TokenMap.from_groups(group)
+
+
+def around(decoder: LlamaForCausalLM, visual: int, pictures: int = 1, encoder: dict | None = None):
+    """A LLaVA around a Llama (it shares the weights) that makes `visual` tokens of its pictures, with random weights.
+
+    Args:
+        decoder: from `build`.
+        visual: tokens of all pictures together; each is a square.
+        pictures: how many there are.
+        encoder: sizes of the encoder (`CLIPVisionConfig`); a tiny one by default, for what is timed without it.
+    """
+    side = math.isqrt(visual // pictures)
+    if side * side * pictures != visual:
+        raise ValueError(f"{visual} visual tokens are not {pictures} square pictures")
+    sizes = encoder or {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=14 * side, patch_size=14),
+        text_config=decoder.config,
+        image_token_id=decoder.config.vocab_size - 1,
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.language_model, model.lm_head = decoder.model, decoder.lm_head
+    for part in (model.model.vision_tower, model.model.multi_modal_projector):
+        part.to_empty(device=decoder.device).to(decoder.dtype)
+        generator = torch.Generator(decoder.device).manual_seed(4)
+        with torch.no_grad():
+            for weight in part.parameters():
+                weight.normal_(0, 0.02, generator=generator)
+        for module in part.modules():
+            if hasattr(module, "position_ids"):
+                module.position_ids = torch.arange(module.num_positions, device=decoder.device)[None]
+    return model.eval()
+
+
+def picture_ids(model, batch: int, visual: int, text: int = 64) -> tuple[Tensor, Tensor]:
+    """Ids of a system prompt, pictures and a question, and of the same without pictures; the text differs from row to row."""
+    generator = torch.Generator().manual_seed(2)
+    words = torch.randint(3, model.config.text_config.vocab_size - 1, (batch, text), generator=generator).to(
+        model.device
+    )
+    picture = words.new_full((batch, visual), model.config.image_token_id)
+    system = text // 3
+    return torch.cat([words[:, :system], picture, words[:, system:]], 1), words
 
 
 def text_prompt(model, batch: int, length: int) -> dict[str, Tensor | int]:

@@ -153,6 +153,35 @@ def test_pyramid_drop(tiny_llava, llava_batch):
     compare(tiny_llava, llava_batch, PyramidDrop([1, 2, 3], [0.7, 0.5, 0.5]), oracle)
 
 
+@pytest.mark.parametrize(
+    "pruned", [FastV(2, 0.5), FastV(2, 0.5, rank_by="all", chunk=5), PyramidDrop([1, 3], [0.7, 0.5])], ids=repr
+)
+def test_pruning_under_vica(pruned, tiny_llava, llava_batch):
+    """Ranked by attention in reading layers, among what is read there; the picture is frozen, and less of it is read afterwards."""
+    reading = (0, 1, 3)
+
+    def oracle(m, x, kind, n):
+        words, left = which(kind, "text", "system"), which(kind, "image").tolist()
+        count, share, best = len(left), 1.0, left
+        for layer in range(m.depth):
+            alive = torch.tensor([j for j in range(n) if kind[j] != "image" or j in left])
+            given = torch.zeros(n, n)
+            given[:, alive] = m.probabilities(layer, x, torch.arange(n), alive).mean(0)
+            if isinstance(pruned, PyramidDrop) and layer in (1, 3):
+                share *= {1: 0.7, 3: 0.5}[layer]
+                left = best = sorted(left, key=lambda j: -given[n - 1, j])[: math.floor(count * share)]
+            if isinstance(pruned, FastV) and layer == 1:
+                by = {j: given[n - 1, j] if pruned.rank_by == "last" else given[j + 1 :, j].mean() for j in left}
+                best = sorted(left, key=lambda j: -by[j])[: math.floor(0.5 * count + 0.5)]
+            keys = torch.tensor([j for j in range(len(x)) if kind[j] != "image" or (layer in reading and j in left)])
+            x = x.index_add(0, words, m.attention(layer, x, words, keys))
+            x = x.index_add(0, words, m.mlp(layer, x[words]))
+            left = best
+        return m.logits(x)
+
+    compare(tiny_llava, llava_batch, ViCA(reading) & pruned, oracle)
+
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_wait_k(k, tiny_llama, text_batch):
     """The token that predicts a token of target segment i sees the source segments before k + i."""

@@ -17,6 +17,7 @@ _HOMES = {
     "Policy": "sparing.plan",
     "apply": "sparing.execute",
     "run_of": "sparing.execute",
+    "VisionPrefix": "sparing.execute",
     "load": "sparing.checkpoint",
     "release": "sparing.checkpoint",
     "save": "sparing.checkpoint",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -131,6 +132,25 @@ class Anatomy(abc.ABC):
     def mlp_end(self, layer: int) -> HFModule:
         """The module whose output is added to the residual as the MLP branch."""
         return self.layers[layer].mlp
+
+    @functools.cached_property
+    def shares_norms(self) -> bool:
+        """Whether the norms before attention differ in their weights alone (see `unit_norm`), and nothing hangs on them."""
+        norms = [self.attention_norm(layer) for layer in range(len(self.layers))]
+        plain = all(
+            type(norm) is type(norms[0])
+            and type(norm).__name__.endswith("RMSNorm")
+            and getattr(norm, "variance_epsilon", None) == getattr(norms[0], "variance_epsilon", 0)
+            and not (norm._forward_hooks or norm._forward_pre_hooks or hasattr(norm, "_hf_hook"))
+            for norm in norms
+        )
+        return plain and type(norms[0]).__module__.startswith("transformers.")
+
+    def unit_norm(self, x: Tensor) -> Tensor:
+        """`x` divided by its root mean square, as every norm before attention does before its weight (where `shares_norms`)."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.attention_norm(0).variance_epsilon)
+        return (wide * scale).to(x.dtype)
 
     # The parts of attention --------------------------------------------------------------------------------------
 

@@ -3,5 +3,6 @@
 from sparing.execute.apply import Run, apply, run_of
 from sparing.execute.cache import PlannedCache, RaggedLayer, RunState
 from sparing.execute.check import check_policy
+from sparing.execute.prefix import VisionPrefix
 
-__all__ = ["PlannedCache", "RaggedLayer", "Run", "RunState", "apply", "check_policy", "run_of"]
+__all__ = ["PlannedCache", "RaggedLayer", "Run", "RunState", "VisionPrefix", "apply", "check_policy", "run_of"]

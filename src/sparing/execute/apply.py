@@ -100,6 +100,7 @@ class Run:
         self._notes = EncoderNotes(self.anatomy, policy.looks_at_encoder)
         self._pictures: dict[str, Any] = {}
         self._encoded = 0
+        self._prefix: Any = None
         self._exit = contextlib.ExitStack()
         self._one_thread = OneThread()
 
@@ -119,15 +120,15 @@ class Run:
                 stack.callback(encoder.register_forward_hook(self._after_encoder).remove)
                 self._notes.install(stack)
             if (around := self.anatomy.pictures_from) is not None:
-                stack.callback(_replace(around, "get_image_features", self._of_pictures))
+                stack.callback(replace_method(around, "get_image_features", self._of_pictures))
             if isinstance(self._executor, Dense):
                 stack.callback(self._executor.remove)
                 self._executor.install()
             # Not a hook: adapters call the forward of the model inside them past its hooks.
-            stack.callback(_replace(self.model, "forward", self._one_thread.around(self._of_model)))
+            stack.callback(replace_method(self.model, "forward", self._one_thread.around(self._of_model)))
             # What `to`, `cuda`, `half` and the like call.
-            stack.callback(_replace(self.model, "_apply", self._of_move))
-            stack.callback(_replace(decoder, "forward", self._one_thread.around(self._forward)))
+            stack.callback(replace_method(self.model, "_apply", self._of_move))
+            stack.callback(replace_method(decoder, "forward", self._one_thread.around(self._forward)))
             self._exit = stack.pop_all()
         return self
 
@@ -152,6 +153,15 @@ class Run:
     def executor(self) -> str:
         """Which executor carries the plans out, `gathered` or `dense`."""
         return self._executor.name
+
+    @contextlib.contextmanager
+    def with_pictures(self, prefix: Any) -> Iterator[Run]:
+        """For a moment, the pictures of new prompts are those that a `VisionPrefix` holds (`VisionPrefix.apply` enters this)."""
+        before, self._prefix = self._prefix, prefix
+        try:
+            yield self
+        finally:
+            self._prefix = before
 
     @contextlib.contextmanager
     def trial(self, tokens: TokenMap) -> Iterator[Callable[[], Ledger]]:
@@ -255,6 +265,8 @@ class Run:
         seen = {**self._called_with, "attention_mask": attention_mask, "position_ids": positions}
         if input_ids is not None:
             seen["input_ids"] = input_ids
+        if state is None and self._prefix is not None:
+            seen.update(self._prefix.sizes(seen, b))
         if state is None:
             state = self._begin(seen, embeds)
             new = state.tokens
@@ -293,6 +305,8 @@ class Run:
         cache = run.cache = past_key_values
         if past == 0 and not state.idle:
             before = position_ids
+            if self._prefix is not None:
+                run.given = self._prefix.given(state.tokens, self._encoded)
             embeds, position_ids = run.begin_prompt(embeds, position_ids)
             if position_ids is not before and attention_mask is None:
                 # Without a mask transformers takes gapped positions for packed sequences.
@@ -349,8 +363,14 @@ class Run:
         for kind in {self.anatomy.rotary_kind(layer) for layer in range(run.state.depth)}:
             if kind is not None:
                 run.rotary[kind] = self.anatomy.rotary(held[0], position_ids, kind)
-        last, hidden = self._executor.run(run, held, bool(keep))
+        last, hidden = self._executor.run(run, held, bool(keep), None if keep else self._wanted())
         return self.anatomy.output(last_hidden_state=last, past_key_values=cache, hidden_states=_selected(hidden, keep))
+
+    def _wanted(self) -> int | None:
+        """How many last tokens the model around the decoder reads of its output, where nobody else looks at it; `None`: all."""
+        keep = self._called_with.get("logits_to_keep", 0)
+        alone = isinstance(keep, int) and keep > 0 and not self.anatomy.decoder._forward_hooks
+        return keep if alone else None
 
     def _begin(self, seen: dict[str, Any], embeds: Tensor) -> RunState:
         """A new prompt: its map, its memory, its ledger."""
@@ -419,7 +439,7 @@ def _bring(policy: Policy, device: torch.device) -> None:
         policy.to(device)
 
 
-def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+def replace_method(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
     """Let `function(stock, ...)` stand in for a module's method; returns what undoes it."""
     own, stock = module.__dict__.get(name), getattr(module, name)
 

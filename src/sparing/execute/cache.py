@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from sparing.execute.given import GivenKeys
 from sparing.plan import Ledger
 from sparing.tokens import TokenMap
 
@@ -100,6 +101,7 @@ class RaggedLayer(CacheLayerMixin):
         values: `[b kv_heads s head_dim]`.
         index: `[b s]`, original indices, -1 in empty slots.
         holes: whether any slot may be empty (known on the host).
+        given: keys and values of pictures that a `VisionPrefix` holds, read beside the layer's own (`attend_beside`).
     """
 
     is_sliding = False
@@ -110,6 +112,7 @@ class RaggedLayer(CacheLayerMixin):
         self.state = state
         self.index: Tensor | None = None
         self.holes = False
+        self.given: tuple[GivenKeys, ...] = ()
 
     @property
     def position_ids(self) -> Tensor | None:
@@ -139,7 +142,8 @@ class RaggedLayer(CacheLayerMixin):
         self.index, self.holes, self.is_initialized = index, self.holes or holes, True
 
     def free(self, freed: Tensor) -> None:
-        """Give up the slots of the tokens marked in `freed` `[b T]`, and their memory."""
+        """Give up the slots of the tokens marked in `freed` `[b T]`, and their memory; given keys are merely read no longer."""
+        self.given = tuple(dataclasses.replace(part, where=part.where.without(freed)) for part in self.given)
         if self.keys is None or self.index is None:
             return
         self.take(*kept_slots(self.index, (self.index >= 0) & ~freed.gather(1, self.index.clamp(min=0))))
@@ -155,7 +159,24 @@ class RaggedLayer(CacheLayerMixin):
         """`[b length]`, which tokens have a slot."""
         assert self.index is not None
         out = torch.zeros(self.index.shape[0], length + 1, dtype=torch.bool, device=self.index.device)
-        return out.scatter_(1, torch.where(self.index < 0, length, self.index), True)[:, :length]
+        out.scatter_(1, torch.where(self.index < 0, length, self.index), True)
+        for part in self.given:
+            at = torch.tensor(part.where.rows, device=out.device).unsqueeze(1)
+            out[at, torch.where(part.where.index < 0, length, part.where.index)] = True
+        return out[:, :length]
+
+    def whole(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and indices of all slots, given ones brought in as copies; `None` if there are none."""
+        if self.keys is None or self.index is None or not self.given:
+            return None if self.keys is None or self.index is None else (self.keys, self.index)
+        b, width = self.index.shape[0], max(part.where.index.shape[1] for part in self.given)
+        keys = self.keys.new_zeros(b, self.keys.shape[1], width, self.keys.shape[3])
+        index = self.index.new_full((b, width), -1)
+        for part in self.given:
+            rows, count = torch.tensor(part.where.rows, device=index.device), part.where.index.shape[1]
+            if count:
+                keys[rows, :, :count], index[rows, :count] = torch.cat(part.keys, dim=1), part.where.index
+        return torch.cat([keys, self.keys], dim=2), torch.cat([index, self.index], dim=1)
 
     def get_seq_length(self) -> int:
         """The logical length: every token so far, stored here or not."""
@@ -169,8 +190,17 @@ class RaggedLayer(CacheLayerMixin):
         """No maximum."""
         return -1
 
-    def select(self, rows: Tensor, memo: dict[int, Tensor]) -> None:
+    def select(self, rows: Tensor, memo: dict[int, Any]) -> None:
         """Reorder or repeat the rows of the batch; layers that shared an index go on sharing it."""
+        if self.given:
+            for part in self.given:
+                if id(part.where) not in memo:
+                    memo[id(part.where)] = part.where.select(rows.tolist())
+            self.given = tuple(
+                dataclasses.replace(part, where=memo[id(part.where)])
+                for part in self.given
+                if memo[id(part.where)].rows
+            )
         if self.keys is None or self.index is None:
             return
         rows = rows.to(self.keys.device)
@@ -183,11 +213,13 @@ class RaggedLayer(CacheLayerMixin):
         """Give up the slots of tokens from `length` on."""
         if self.index is not None:
             total = max(int(self.index.max()) + 1, length) if self.index.numel() else length
+            total = max(total, self.state.tokens.length if self.given else 0)
             self.free((torch.arange(total, device=self.index.device) >= length).expand(self.index.shape[0], total))
 
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = self.index = None
+        self.given = ()
         self.is_initialized, self.holes = False, False
 
 
@@ -321,7 +353,7 @@ class PlannedCache(DynamicCache):
         raise RuntimeError("a planned cache belongs to its prompt: start a new one instead of resetting it")
 
     def _select(self, rows: Tensor) -> None:
-        memo: dict[int, Tensor] = {}
+        memo: dict[int, Any] = {}
         for layer in self.layers:
             if isinstance(layer, RaggedLayer):
                 layer.select(rows, memo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sparing.anatomy import Anatomy
 from sparing.execute.cache import RaggedLayer, kept_slots
+from sparing.execute.given import GivenKeys, GivenRows, attend_beside
 from sparing.execute.planning import Pass
 from sparing.execute.rows import Residual, Rows
 from sparing.plan import LayerPlan
@@ -35,39 +37,56 @@ class Gathered:
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
         self._eager = False
+        self._unit: Tensor | None = None
         anatomy.masks(exact=True)
 
-    def run(self, run: Pass, held: list[Tensor], keep_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def run(
+        self, run: Pass, held: list[Tensor], keep_hidden: bool, keep_last: int | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers and the final norm.
 
         Args:
             run: the pass.
             held: the embeddings `[b t d]`, alone in a list, so that their memory is free once they are used.
             keep_hidden: whether to return each layer's input as well.
+            keep_last: how many last tokens the final norm is asked of; all by default.
         """
         anatomy = self.anatomy
         # Asked again: the model's attention can be changed between passes.
         anatomy.masks(exact=True)
         self._eager = anatomy.attention_backend == "eager"
+        self._unit = None
         looks_back = any(p.looks_back for p in run.policies)
         x = Residual(held.pop(), in_place=not torch.is_grad_enabled())
         hidden: list[Tensor] = []
+
+        def whole(level: int) -> Tensor:
+            """The residual stream for whoever looks at it, given tokens put in."""
+            return run.filled(x.whole(), level)
+
         for layer in range(len(anatomy.layers)):
+            residual = functools.partial(whole, layer)
             if keep_hidden and layer == 0:
-                hidden.append(x.whole().clone())
-            plan = run.plan_attend(layer, x.whole)
+                hidden.append(residual().clone())
+            plan = run.plan_attend(layer, residual)
             assert plan.zeroes is None, "ablations are refused when applied"
             if plan.rewrites is not None:
+                if run.given is not None:
+                    raise ValueError(
+                        "a policy merges tokens between layers (SparseVLM), but a VisionPrefix holds pictures whose keys are made "
+                        "already: use sparing.apply on the pictures themselves"
+                    )
                 x.replace(plan.rewrites(x.keep()))
+                self._unit = None
             # Kept only for those who look back: it is a whole residual stream.
-            layer_input = x.keep() if looks_back else None
+            layer_input = run.filled(x.keep(), layer) if looks_back else None
             _refuse_gate_gradients(plan.attend_weight)
             _refuse_gate_gradients(plan.block_weight)
             before = None if plan.block_weight is None else x.keep()
             branch, rows = self._attention(run, layer, x, plan)
             if branch is not None:
                 x.add(rows, _weighted(branch, plan.attend_weight, rows))
-            plan = run.plan_feed(layer, x.whole, layer_input, plan)
+            plan = run.plan_feed(layer, residual, layer_input, plan)
             _refuse_gate_gradients(plan.feed_weight)
             rows = run.rows(plan.feed, plan.capacity)
             if not rows.none:
@@ -77,19 +96,25 @@ class Gathered:
                 x.replace(before + plan.block_weight.unsqueeze(-1).to(before.dtype) * (x.whole() - before))
             if keep_hidden and layer + 1 < len(anatomy.layers):
                 # As in transformers: without what is added between layers.
-                hidden.append(x.whole().clone())
+                hidden.append(residual().clone())
             if (addition := run.addition(layer)) is not None:
                 rows = run.rows(addition[0])
                 if not rows.none:
                     x.add(rows, addition[1].to(x.take(rows)).view_as(x.take(rows)))
-        last = anatomy.decoder.norm(x.whole())
+            if run.given is not None:
+                run.given.passed(layer, run.here(layer + 1))
+        self._unit = None
+        if keep_last is not None and (run.given is None or run.given.reach <= run.new.length - keep_last):
+            last = anatomy.decoder.norm(x.whole()[:, -keep_last:])
+        else:
+            last = anatomy.decoder.norm(whole(len(anatomy.layers)))
         return last, (*hidden, last) if keep_hidden else ()
 
     def _attention(self, run: Pass, layer: int, x: Residual, plan: LayerPlan) -> tuple[Tensor | None, Rows]:
         """The attention branch of the attending rows, packed; `None` if there are none."""
         anatomy = self.anatomy
         readers = run.rows(plan.attend, plan.capacity, blocked=True)
-        written = run.rows(plan.read)
+        written = run.rows(run.own(layer, plan))
         norm = anatomy.attention_norm(layer)
         stored = run.cache.layers[layer] if run.cache is not None else None
         assert stored is None or isinstance(stored, RaggedLayer)
@@ -98,13 +123,19 @@ class Gathered:
             stored.free(freed)
         if stored is not None:
             _let_go(run, stored, layer)
-        if written.none and readers.none:
+        given: tuple[GivenKeys, ...] = ()
+        if run.given is not None and plan.read is not False:
+            given = run.given.keys(layer, plan.read, run.memo)
+            run.record.layers[layer].given = run.given.image
+        elif stored is not None:
+            given = stored.given
+        if written.none and readers.none and not given:
             return None, readers
         normed = None
         keys = values = index = None
         holes = False
         if not written.none:
-            normed = norm(x.take(written))
+            normed = self._normed(run, layer, x, plan, written)
             key = run.rotate(layer, anatomy.key(layer, normed), written)
             keys = written.pad(key).transpose(1, 2)
             values = written.pad(anatomy.value(layer, normed)).transpose(1, 2)
@@ -117,9 +148,15 @@ class Gathered:
                 if past is not None:
                     index = run.memo(("joined", id(past), id(new)), lambda: torch.cat([past, new], dim=1), past, new)
                 stored.append(keys, values, index, holes)
+            stored.given = given
             keys, values, index, holes = stored.keys, stored.values, stored.index, stored.holes
         if readers.none:
             return None, readers
+        if given:
+            known = normed if readers is written else None
+            mixed = self._beside(run, layer, x, readers, (keys, values, index, holes), given, plan, known)
+            out = anatomy.project(layer, readers.unpad(mixed))
+            return anatomy.finish_attention(layer, out), readers
         if keys is None or values is None or index is None:
             # Nothing can be read in this layer: the attention result is zero, and what the projection adds is its bias.
             shape = run.state.ledger.shape.layers[layer]
@@ -165,6 +202,56 @@ class Gathered:
             mixed = torch.where(some, mixed, 0)
         out = anatomy.project(layer, readers.unpad(mixed))
         return anatomy.finish_attention(layer, out), readers
+
+    def _normed(self, run: Pass, layer: int, x: Residual, plan: LayerPlan, written: Rows) -> Tensor:
+        """Rows behind the layer's norm, packed. Pictures that no layer changes are normalised once; layers differ in weights."""
+        norm, frozen = self.anatomy.attention_norm(layer), run.frozen
+        rest = None if frozen is None or not self.anatomy.shares_norms else run.rows(run.changing(plan, frozen))
+        if rest is None or rest is written or not written.every:
+            return norm(x.take(written))
+        if self._unit is None:
+            self._unit = self.anatomy.unit_norm(x.whole())
+        return rest.put(norm.weight * self._unit, norm(x.take(rest)), in_place=not torch.is_grad_enabled())
+
+    def _beside(
+        self,
+        run: Pass,
+        layer: int,
+        x: Residual,
+        readers: Rows,
+        own: tuple[Tensor | None, Tensor | None, Tensor | None, bool],
+        given: tuple[GivenKeys, ...],
+        plan: LayerPlan,
+        normed: Tensor | None,
+    ) -> Tensor:
+        """Attention over given keys and the rows' own: `[b q heads*head_dim]`."""
+        anatomy = self.anatomy
+        rows = anatomy.attention_norm(layer)(x.take(readers)) if normed is None else normed
+        query = readers.pad(run.rotate(layer, anatomy.query(layer, rows), readers)).transpose(1, 2)
+        (keys, values, index, holes), shape = own, run.state.ledger.shape.layers[layer]
+        if keys is None or values is None or index is None:
+            keys = values = query.new_zeros(query.shape[0], shape.kv_heads, 0, shape.head_dim)
+            index = readers.index[:, :0]
+        sees = run.sees(layer, plan.sees)
+        at = run.memo(("index", id(readers)), lambda: _shifted(readers.index, run.start), readers)
+        # One later token a row reads whatever there is.
+        last = readers.width == 1 and not run.prefill and not holes and not readers.ragged and sees is None
+
+        def may(group: GivenRows) -> tuple[Tensor | None, Tensor | None]:
+            if last and not group.holes:
+                return None, None
+            query_at, key_at = run.memo(
+                ("beside", id(at), id(index), id(group)),
+                lambda: (group.of(at), torch.cat([group.index, group.of(index)], dim=1)),
+                at,
+                index,
+                group,
+            )
+            return run.visible(query_at, key_at, sees)
+
+        return attend_beside(
+            query, keys, values, given, may=may, scaling=anatomy.scaling(layer), cap=anatomy.softcap(layer)
+        )
 
     def _core(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool

@@ -12,13 +12,14 @@ from torch import Tensor
 from sparing.anatomy import Anatomy
 from sparing.execute.cache import PlannedCache, RaggedLayer, RunState
 from sparing.execute.encoder import EncoderNotes
+from sparing.execute.given import Given, beside
 from sparing.execute.rows import Rows
 from sparing.execute.views import LayerView, StartView
 from sparing.execute.visibility import visible, within
 from sparing.plan import FULL, LayerPlan, Policy
 from sparing.plan.layer_plan import Mask, Sees, both
 from sparing.plan.ledger import LayerRecord, PassRecord
-from sparing.tokens import ImageSpan, TokenMap
+from sparing.tokens import Group, ImageSpan, TokenMap
 
 
 class Pass:
@@ -55,6 +56,8 @@ class Pass:
         self.rotary: dict[str, tuple[Tensor, Tensor]] = {}
         """Cosines and sines of the new tokens, by the kind of layer (`Anatomy.rotary_kind`)."""
         self.cache: PlannedCache | None = None
+        self.given: Given | None = None
+        """What a `VisionPrefix` brought of this prompt's pictures."""
         self.additions: dict[int, tuple[Tensor, Tensor]] = {}
         """What the model adds to the residual stream after a layer (`Anatomy.additions`)."""
         self._drops: list[int] = []
@@ -82,13 +85,18 @@ class Pass:
         for policy, memory in zip(self.policies, self.state.memories, strict=True):
             view.state = memory
             policy.start(view)
+        embeds = view.rewritten()
         if view.position_ids is not position_ids:
             if position_ids.ndim != 2 or self.new.position_ids.ndim != 2:
                 raise ValueError("re-indexing positions of several axes (M-RoPE) is not supported: keep the positions")
             self.state.shift = (position_ids - view.position_ids).expand(self.new.batch, -1)
             moved = view.position_ids.expand(self.new.batch, -1)
             self.state.tokens = self.new = dataclasses.replace(self.new, position_ids=moved)
-        return view.embeds, view.position_ids
+        if self.given is not None:
+            self.given.settle(
+                self.anatomy.positions(view.position_ids.expand(*view.position_ids.shape[:-2], self.new.batch, -1))
+            )
+        return embeds, view.position_ids
 
     def plan_attend(self, layer: int, residual: Callable[[], Tensor]) -> LayerPlan:
         """What the layer computes, as far as it is known before attention; padding and dropped tokens taken out."""
@@ -158,6 +166,33 @@ class Pass:
                 f"[{self.new.batch} {self.new.length}] (weights go in attend_weight and feed_weight)"
             )
 
+    def filled(self, x: Tensor, layer: int) -> Tensor:
+        """The residual stream as it enters a layer, given tokens put in: nothing but who looks at the whole needs them."""
+        return x if self.given is None else self.given.fill(x, layer)
+
+    def own(self, layer: int, plan: LayerPlan) -> Mask:
+        """Whose keys and values a layer computes: those it reads, less those that were given."""
+        if self.given is None or plan.read is False:
+            return plan.read
+        given: Given = self.given
+        masks = (plan.read, plan.attend, plan.feed)
+        held = given.holds(layer)
+        return self.memo(("own", held, *map(id, masks)), lambda: given.others(masks, layer), *masks)
+
+    @property
+    def frozen(self) -> Tensor | None:
+        """`[b t]`, the pictures' tokens, where no layer changes them: neither a branch nor what a model adds between layers."""
+        if self.given is not None or self.additions or not self.new.has(Group.IMAGE):
+            return None
+        if not any(Group.IMAGE in policy.freezes for policy, _ in self._deciding()):
+            return None
+        return self.memo(("frozen",), lambda: self.new.of(Group.IMAGE))
+
+    def changing(self, plan: LayerPlan, frozen: Tensor) -> Mask:
+        """Tokens that are not frozen: the same tensor as one of the plan's masks, where it is one of them."""
+        masks = (plan.attend, plan.feed)
+        return self.memo(("changing", *map(id, masks)), lambda: beside(frozen, self.valid, masks), *masks)
+
     def here(self, layer: int) -> Mask:
         """Which new tokens are neither padding nor dropped in this layer; `True` if all are."""
         dropped_at = self.state.dropped_at
@@ -208,9 +243,10 @@ class Pass:
             return None
         stored = self.cache.layers[layer]
         if isinstance(stored, RaggedLayer):
-            if stored.keys is None or stored.index is None:
+            if (whole := stored.whole()) is None:
                 return None
-            return stored.keys, torch.where(stored.index < self.start, stored.index, -1), None
+            keys, index = whole
+            return keys, torch.where(index < self.start, index, -1), None
         past = torch.arange(self.start, device=self.device).expand(self.new.batch, self.start)
         hidden = self.state.readable[layer]
         return stored.keys[:, :, : self.start], past, None if hidden is None else hidden[:, : self.start]  # type: ignore[index]

@@ -156,10 +156,30 @@ class StartView(PromptView):
     """What a policy may look at and change before the first layer (see `PromptView`)."""
 
     def __init__(self, run: Pass, embeds: Tensor, position_ids: Tensor) -> None:
-        self._run = run
-        self.embeds, self.position_ids = embeds, position_ids
+        self._run, self._embeds, self._filled = run, embeds, None
+        self.position_ids = position_ids
         self.tokens, self.shape = run.state.tokens, run.state.ledger.shape
         self.state: dict[Any, Any] = {}
+
+    @property
+    def embeds(self) -> Tensor:  # type: ignore[override]
+        """The prompt's embeddings."""
+        if self._filled is None:
+            self._filled = self._run.filled(self._embeds, 0)
+        return self._filled
+
+    @embeds.setter
+    def embeds(self, embeds: Tensor) -> None:
+        if self._run.given is not None:
+            raise ValueError(
+                "a policy rewrites what enters the first layer, and the keys of a VisionPrefix are of what it was: "
+                "call the model on the pictures themselves, under sparing.apply"
+            )
+        self._embeds = self._filled = embeds
+
+    def rewritten(self) -> Tensor:
+        """The embeddings as the policies left them, given tokens not put in."""
+        return self._embeds
 
     def drop(self, mask: Tensor) -> None:
         """Drop tokens before the first layer."""

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparing.plan.cost import PARTS, Cost, ModelShape, PhaseCost
-from sparing.plan.layer_plan import Mask, Sees
+from sparing.plan.layer_plan import Mask, Sees, both
 
 
 class TokenState(enum.IntEnum):
@@ -34,6 +34,8 @@ class LayerRecord:
     sees: Sees | None = None
     spent: int = 0
     freed: Bool[Tensor, "b past"] | None = None
+    given: Mask = False
+    """Tokens whose keys and values came with the prompt (a `VisionPrefix` holds them): read, but not computed or stored here."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -148,17 +150,23 @@ class Ledger:
         for layer, shape in enumerate(self.shape.layers):
             marks = (
                 shape.window,
-                *(id(m) for p in self.passes for r in (p.layers[layer],) for m in (r.attend, r.read, r.freed, r.sees)),
+                *(
+                    id(m)
+                    for p in self.passes
+                    for r in (p.layers[layer],)
+                    for m in (r.attend, r.read, r.freed, r.sees, r.given)
+                ),
             )
             if marks not in counted:
                 counts, kept = self._walk(layer)
-                counted[marks] = counts, int(kept.sum())
+                counted[marks] = counts, int((kept & ~self._column(layer, lambda r: r.given)).sum())
             pairs, slots = counted[marks]
             kv += slots * shape.kv_width
             for p, seen in list(zip(self.passes, pairs, strict=True))[self._inherited :]:
                 flops, rows = phases[p.prefill]
                 record = p.layers[layer]
                 attend, feed, read = (_count(m, p) for m in (record.attend, record.feed, record.read))
+                read -= _count(both(record.read, record.given), p)
                 rows["attend"] += attend
                 rows["feed"] += feed
                 rows["read"] += read

@@ -10,7 +10,7 @@ from sparing.plan.cost import ModelShape
 from sparing.plan.layer_plan import FULL, LayerPlan
 from sparing.plan.selection import Selection
 from sparing.plan.views import PromptView, View
-from sparing.tokens import TokenMap
+from sparing.tokens import Group, TokenMap
 
 
 class Policy(abc.ABC):
@@ -25,6 +25,8 @@ class Policy(abc.ABC):
     """Whether this changes the result to learn from it (`sparing.ablate`): runs under `dense` only, marked in the ledger."""
     looks_back: bool = False
     """Whether `plan_feed` asks for this layer's `scores` (the executor then keeps the layer's input)."""
+    freezes: tuple[Group, ...] = ()
+    """Groups whose tokens run no branch in any layer: their keys and values are a function of what they came in as."""
 
     looks_at_encoder: tuple[int | float | None, ...] = ()
     """Layers of the vision encoder of which `start` asks for more than its output: numbers (negative from the end), shares of its
@@ -58,6 +60,10 @@ class Policy(abc.ABC):
     def plan_feed(self, view: View) -> LayerPlan:
         """Plan a layer's MLP, after its attention. Only the MLP part of what is returned counts."""
         return FULL
+
+    def unread(self, layer: int) -> bool:
+        """Whether it is known beforehand that no picture token is read in a layer."""
+        return False
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments that make this policy again, learned tensors aside: what `sparing.save` writes.

@@ -29,6 +29,8 @@ class ViCA(Policy):
         visual ones in two layers of the 13B (bottom-right alignment); that bug is not offered.
     """
 
+    freezes = (Group.IMAGE,)
+
     def __init__(self, layers: Iterable[int], prefix: str | int = "update", *, blind: bool = False) -> None:
         self.layers = tuple(layers)
         if len(set(self.layers)) != len(self.layers):

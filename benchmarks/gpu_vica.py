@@ -1,0 +1,63 @@
+"""ViCA's figures at LLaVA-1.5's own shapes with random weights, on a GPU (`make gpu`).
+
+    python benchmarks/gpu_vica.py --json out.json            # 7B: 32 layers, width 4096, bf16: about 30 GiB
+    python benchmarks/gpu_vica.py --shrink --json out.json   # the same code at a toy shape, on any machine
+
+576 visual and 64 text tokens, the reading layers of the paper's model. The paper (2602.07574) reports a prefill of 36 ms after 124.5
+(3.5x) at batch 1 and about 10x at batch 8, on an A6000 with FlashAttention: `vica_vs_dense_b1` and `_b8` are the same ratio here, with
+stock Hugging Face on SDPA as the dense arm. The grid times encoder (CLIP-L at 336 pixels), prefill, a decoded token and whole answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import vica
+from arms import build
+from engine import finish
+from gpu_engine import LLAVA_7B, READING, TOY
+
+TOY_ENCODER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="of the grid")
+    parser.add_argument("--visual", nargs="+", type=int, default=[144, 576, 2880], help="visual tokens of the grid")
+    parser.add_argument("--train", action="store_true", help="a training step too: 7B then needs about 45 GiB")
+    parser.add_argument("--shrink", action="store_true", help="a toy shape, also without a GPU")
+    options = parser.parse_args()
+    options.quick = options.shrink
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.shrink:
+        parser.exit(2, "error: no CUDA device here; run it where there is one, or pass --shrink\n")
+    shape = TOY if options.shrink else LLAVA_7B
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    reading, rounds = READING[shape["layers"]], 2 if options.shrink else options.rounds
+    visual = 16 if options.shrink else vica.VISUAL
+    begin = time.perf_counter()
+    decoder = build(**shape, kv_heads=shape["heads"], dtype=dtype, device=device)
+    runs: dict[str, dict] = {
+        f"b{batch}": vica.prefill(vica.Setting(decoder, reading, batch, visual), rounds, rounds) for batch in (1, 8)
+    }
+    if options.train or options.shrink:
+        runs["train"] = vica.training(vica.Setting(decoder, reading, 1, visual), max(rounds // 4, 1))
+    sizes = ([1, 2], [16], TOY_ENCODER) if options.shrink else (options.batches, options.visual, vica.CLIP_LARGE)
+    runs["grid"] = vica.grid(decoder, reading, *sizes[:2], rounds, 16, sizes[2])
+    del decoder
+    runs["gqa"] = vica.prefill(
+        vica.Setting(build(**shape, kv_heads=shape["heads"] // 4, dtype=dtype, device=device), reading, 1, visual),
+        rounds,
+        rounds,
+    )
+    finish(vica.keys(runs), {}, runs, begin, options)
+
+
+if __name__ == "__main__":
+    main()

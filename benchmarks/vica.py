@@ -1,0 +1,322 @@
+"""What ViCA saves: over dense and text alone, for a second question about the same picture, and in training.
+
+    python benchmarks/vica.py --quick --json out.json     # the figures with a reach: under a minute on two free cores
+    python benchmarks/vica.py --json out.json             # and a grid: encoder, prefill, decode, end to end; batches and pictures
+
+The shapes of `engine.py` (16 layers, width 1024, 16 heads, MLP 2816, vocabulary 32,000, 576 visual and 64 text tokens, 4 reading
+layers), as a LLaVA with random weights. Every figure is a median of ratios of arms that ran one after the other in the same round.
+`..._by_flops` is what counted operations predict. bf16 where the processor multiplies it, else float32.
+
+A second question comes from a `VisionPrefix`: no encoder, no keys and values of the picture. The first one is measured without the
+encoder too, from the picture's embeddings. A training step is forward and backward of every weight of the decoder, logits and labels
+of the tokens behind the picture alone, the same in both arms. The grid's other arms: FastV (layer 2, half), PyramidDrop (three stages,
+half each), stock Hugging Face on the whole prompt, and on its text alone, which is the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import engine
+import torch
+from arms import ViCAOracle, around, build, interleave, picture_ids, ratio
+from engine import finish, under
+
+import sparing
+from sparing.lens.screened import pays
+from sparing.policies import FastV, PyramidDrop, ViCA
+from sparing.tokens import TokenMap
+
+SHAPE, READING, VISUAL, TEXT = engine.SHAPE, engine.READING, 576, 64
+CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+REACH = {
+    "oracle_share_b1": (">=", 0.92),
+    "oracle_share_b8": (">=", 0.92),
+    "second_question_vs_text": ("<=", 1.10),
+    "second_question_vs_first": ("<=", 0.78),
+    "train_step_vs_dense": ("<=", 0.25),
+}
+ACCURACY = Path(__file__).parent / "results" / "vica-accuracy.json"
+"""Written by whoever selects layers and converts: `retained_accuracy`, the converted model's accuracy over the dense one's."""
+
+
+class Setting:
+    """A model of a shape, a prompt of a size, and what may run on them.
+
+    Args:
+        decoder: from `build`.
+        reading: the reading layers.
+        batch: questions at once, about one picture (or several that stand together).
+        visual: visual tokens.
+        text: text tokens.
+        encoder: the encoder's sizes; tiny by default.
+    """
+
+    def __init__(
+        self,
+        decoder,
+        reading: list[int],
+        batch: int,
+        visual: int = VISUAL,
+        text: int = TEXT,
+        encoder: dict | None = None,
+    ) -> None:
+        pictures = max(visual // 576, 1)
+        self.decoder, self.reading, self.text = decoder, reading, text
+        self.model = around(decoder, visual, pictures, encoder)
+        self.ids, self.words = picture_ids(self.model, batch, visual, text)
+        side = self.model.config.vision_config.image_size
+        generator = torch.Generator().manual_seed(5)
+        pixels = torch.randn(pictures, 3, side, side, generator=generator).to(decoder.device, decoder.dtype)
+        self.one = {"input_ids": self.ids[:1], "pixel_values": pixels}
+        self.prefix = sparing.VisionPrefix.from_inputs(self.model, self.one, ViCA(reading))
+        self.tokens = TokenMap.from_inputs(self.model, {"input_ids": self.ids})
+        embeds = decoder.get_input_embeddings()(self.ids).detach()
+        state = self.prefix.held.state(0)
+        embeds[self.ids == self.model.config.image_token_id] = state.repeat(batch, 1)
+        self.embedded = {"inputs_embeds": embeds, "logits_to_keep": 1}
+
+    def dense(self) -> torch.Tensor:
+        """Stock, from embeddings."""
+        return self.decoder(**self.embedded).logits
+
+    def alone(self) -> torch.Tensor:
+        """Stock, the text without pictures."""
+        return self.decoder(input_ids=self.words, logits_to_keep=1).logits
+
+    def following(self, policy) -> Callable[[], torch.Tensor]:
+        """Under a policy, from embeddings: a first question without its encoder."""
+        return under(self.decoder, policy, tokens=self.tokens, **self.embedded)
+
+    def second(self) -> torch.Tensor:
+        """A question from the prefix."""
+        with self.prefix.apply():
+            return self.model(input_ids=self.ids, logits_to_keep=1).logits
+
+    def cost(self, what: str) -> int:
+        """Counted operations of a prefill: `first`, `second`, `dense`, `text`."""
+        with torch.no_grad():
+            if what == "second":
+                with self.prefix.apply() as run:
+                    self.model(input_ids=self.ids, logits_to_keep=1)
+                return run.ledger.cost().total
+            if what == "text":
+                with sparing.apply(self.decoder) as run:
+                    self.alone()
+                return run.ledger.cost().total
+            with sparing.apply(self.decoder, ViCA(self.reading), tokens=self.tokens) as run:
+                self.decoder(**self.embedded)
+        return (run.ledger.cost() if what == "first" else run.ledger.dense_cost()).total
+
+    def train(self, policy) -> Callable[[], None]:
+        """A training step's forward and backward."""
+        keep = self.text - self.text // 3
+        labels = self.ids[:, -keep:]
+        inputs = {**self.embedded, "logits_to_keep": keep, "labels": labels, "use_cache": False}
+
+        def step() -> None:
+            self.decoder.train()
+            self.decoder.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                if policy is None:
+                    self.decoder(**inputs).loss.backward()
+                else:
+                    with sparing.apply(self.decoder, policy, tokens=self.tokens):
+                        self.decoder(**inputs).loss.backward()
+            self.decoder.eval()
+
+        return step
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def prefill(setting: Setting, rounds: int, references: int) -> dict[str, float]:
+    """ViCA beside the oracle; a second question beside the first and the text; and (fewer rounds) dense."""
+    vica = setting.following(ViCA(setting.reading))
+    oracle = ViCAOracle(setting.decoder, setting.tokens, setting.reading)
+    arms = {
+        "oracle": lambda: oracle(**setting.embedded),
+        "first": vica,
+        "second": setting.second,
+        "text": setting.alone,
+    }
+    seconds = interleave(arms, rounds)
+    slow = interleave({"first": vica, "dense": setting.dense}, references, warm_up=int(references > 1))
+    costs = {what: setting.cost(what) for what in ("first", "second", "dense", "text")}
+    with torch.no_grad():
+        a, b, c = vica(), oracle(**setting.embedded), setting.second()
+    return {
+        "oracle_share": 1 / ratio(seconds, "first", "oracle"),
+        "second_vs_text": ratio(seconds, "second", "text"),
+        "second_vs_text_by_flops": costs["second"] / costs["text"],
+        "second_vs_first": ratio(seconds, "second", "first"),
+        "second_vs_first_by_flops": costs["second"] / costs["first"],
+        "vs_text": ratio(seconds, "first", "text"),
+        "vs_text_by_flops": costs["first"] / costs["text"],
+        "vs_dense": ratio(slow, "dense", "first"),
+        "vs_dense_by_flops": costs["dense"] / costs["first"],
+        "max_rel_to_oracle": difference(a, b),
+        "max_rel_of_second": difference(c, a),
+        **{f"{name}_ms": 1000 * statistics.median(took) for name, took in seconds.items()},
+    }
+
+
+def training(setting: Setting, rounds: int) -> dict[str, float]:
+    """A step on the gathered path over the stock model's."""
+    seconds = interleave({"dense": setting.train(None), "ours": setting.train(ViCA(setting.reading))}, rounds)
+    setting.decoder.zero_grad(set_to_none=True)
+    return {"vs_dense": ratio(seconds, "ours", "dense"), "ms": 1000 * statistics.median(seconds["ours"])}
+
+
+def grid(
+    decoder, reading: list[int], batches: list[int], pictures: list[int], rounds: int, steps: int, encoder: dict
+) -> dict:
+    """Milliseconds of encoder, prefill, a decoded token, and a whole answer, for each method, number of questions and tokens."""
+    depth = len(decoder.model.layers)
+    stages = [depth // 4, depth // 2, 3 * depth // 4]
+    methods = {"vica": ViCA(reading), "fastv": FastV(2, 0.5), "pyramid_drop": PyramidDrop(stages, 0.5)}
+    out = {}
+    for visual in pictures:
+        for batch in batches:
+            setting = Setting(decoder, reading, batch, visual, encoder=encoder)
+            arms: dict[str, Callable[[], object]] = {
+                "encoder": lambda s=setting: s.model.get_image_features(s.one["pixel_values"]),
+                "dense": setting.dense,
+                "text": setting.alone,
+                **{name: setting.following(policy) for name, policy in methods.items()},
+                "second": setting.second,
+            }
+            once = {name: 1000 * statistics.median(took) for name, took in interleave(arms, rounds).items()}
+            answers = {name: answer(setting, name, methods, steps) for name in arms if name != "encoder"}
+            decode: dict[str, list[float]] = {name: [] for name in answers}
+            whole: dict[str, list[float]] = {name: [] for name in answers}
+            with torch.no_grad():
+                for round_ in range(rounds + 1):
+                    for name, run in answers.items():
+                        first, each = run()
+                        if round_:
+                            decode[name].append(1000 * each)
+                            # The text has no picture, and for a second question it was encoded before.
+                            seen = 0 if name in ("text", "second") else once["encoder"]
+                            whole[name].append(seen + 1000 * (first + steps * each))
+            out[f"v{visual}_b{batch}"] = {
+                "encoder_ms": once.pop("encoder"),
+                "prefill_ms": once,
+                "decode_ms_a_token": {name: statistics.median(took) for name, took in decode.items()},
+                "end_to_end_ms": {name: statistics.median(took) for name, took in whole.items()},
+            }
+            print(f"{visual} visual tokens, {batch} questions: done", flush=True)
+    return out
+
+
+def answer(setting: Setting, name: str, methods: dict, steps: int) -> Callable[[], tuple[float, float]]:
+    """Prefill and cached steps; returns the seconds of the first and of one of the others."""
+    inputs = {"text": {"input_ids": setting.words}, "second": {"input_ids": setting.ids}}.get(name, setting.embedded)
+    model = setting.model if name == "second" else setting.decoder
+
+    def context():
+        if name == "second":
+            return setting.prefix.apply()
+        policies = [methods[name]] if name in methods else []
+        return sparing.apply(model, *policies, tokens=setting.tokens if policies else None)
+
+    def run() -> tuple[float, float]:
+        with context():
+            begin = clock(setting.decoder.device)
+            out = model(**{**inputs, "logits_to_keep": 1}, use_cache=True)
+            middle = clock(setting.decoder.device)
+            for _ in range(steps):
+                token = out.logits[:, -1].argmax(-1, keepdim=True).clamp(max=setting.decoder.config.vocab_size - 2)
+                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            return middle - begin, (clock(setting.decoder.device) - middle) / steps
+
+    return run
+
+
+def clock(device: torch.device) -> float:
+    """Now, once the device is through."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def keys(runs: dict[str, dict]) -> dict[str, float]:
+    """The figures by name."""
+    one, eight = runs["b1"], runs["b8"]
+    found = {
+        "oracle_share_b1": one["oracle_share"],
+        "oracle_share_b8": eight["oracle_share"],
+        "second_question_vs_text": one["second_vs_text"],
+        "second_question_vs_text_by_flops": one["second_vs_text_by_flops"],
+        "second_question_vs_first": one["second_vs_first"],
+        "second_question_vs_first_by_flops": one["second_vs_first_by_flops"],
+    }
+    if "train" in runs:
+        found["train_step_vs_dense"] = runs["train"]["vs_dense"]
+    for name, run in (("b1", one), ("b8", eight)):
+        found |= {f"vica_vs_dense_{name}": run["vs_dense"], f"vica_vs_dense_{name}_by_flops": run["vs_dense_by_flops"]}
+    for name, run in (("b1", one), ("gqa", runs["gqa"])):
+        found |= {f"vica_vs_text_{name}": run["vs_text"], f"vica_vs_text_{name}_by_flops": run["vs_text_by_flops"]}
+    found["second_question_b8_vs_text"] = eight["second_vs_text"]
+    return found
+
+
+def retained(path: Path) -> dict[str, float]:
+    """`retained_accuracy` of the converted model, where it was measured."""
+    if not path.exists():
+        return {}
+    return {"retained_accuracy": json.loads(path.read_text())["figures"]["retained_accuracy"]}
+
+
+def quick(
+    shape: dict, reading: list[int], dtype, device: str, rounds: int, *, visual: int = VISUAL, grouped: int = 4
+) -> dict:
+    """The runs behind the figures with a reach."""
+    decoder = build(**shape, kv_heads=shape["heads"], dtype=dtype, device=device)
+    runs = {
+        f"b{batch}": prefill(Setting(decoder, reading, batch, visual), max(3, rounds // batch), 1) for batch in (1, 8)
+    }
+    runs["train"] = training(Setting(decoder, reading, 1, visual), max(rounds // 3, 2))
+    del decoder
+    grouped_decoder = build(**shape, kv_heads=grouped, dtype=dtype, device=device)
+    return {**runs, "gqa": prefill(Setting(grouped_decoder, reading, 1, visual), rounds, 1)}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the figures with a reach alone: under a minute")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="rounds of each timing at batch 1 (default 9 quick, 15 full)"
+    )
+    parser.add_argument("--accuracy", type=Path, default=ACCURACY, help="where retained_accuracy was written")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="of the grid")
+    parser.add_argument("--visual", nargs="+", type=int, default=[144, 576, 2880], help="visual tokens of the grid")
+    parser.add_argument("--steps", type=int, default=16, help="decoded tokens of the grid's answers")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="by default what the processor is fast at")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    begin = time.perf_counter()
+    fast = "bfloat16" if pays(torch.device("cpu")) else "float32"
+    dtype = getattr(torch, options.dtype or fast)
+    rounds = options.rounds or (9 if options.quick else 15)
+    runs = quick(SHAPE, READING, dtype, "cpu", rounds)
+    runs["dtype"] = str(dtype).removeprefix("torch.")
+    if not options.quick:
+        decoder = build(**SHAPE, kv_heads=SHAPE["heads"], dtype=dtype)
+        runs["grid"] = grid(decoder, READING, options.batches, options.visual, 3, options.steps, CLIP_LARGE)
+    finish(keys(runs) | retained(options.accuracy), REACH, runs, begin, options)
+
+
+if __name__ == "__main__":
+    main()
