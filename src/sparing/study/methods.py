@@ -248,8 +248,14 @@ OURS: dict[str, type[Method]] = {"dense": Dense, "skip_search": SearchSkip, "ski
 def known_methods() -> dict[str, type[Method]]:
     """Methods by name: ours, and those of installed packages (entry point group `sparing.methods`); policies apart."""
     # They are built on this file.
+    from sparing.study.budget_methods import AtVisualCost
     from sparing.study.token_methods import Ablation, TokenClass
     from sparing.study.vica_methods import SelectedViCA
 
-    more = {"token_class": TokenClass, "ablation": Ablation, "vica_selected": SelectedViCA}
+    more = {
+        "token_class": TokenClass,
+        "ablation": Ablation,
+        "vica_selected": SelectedViCA,
+        "at_visual_cost": AtVisualCost,
+    }
     return with_plugins({**OURS, **more}, "sparing.methods")
