@@ -100,6 +100,17 @@ def test_what_is_wrong_with_a_study_is_said_with_its_line_and_the_nearest_name(t
     assert abs(stated - (line - 1)) <= 1, str(caught.value)
 
 
+def test_a_folder_of_paths_can_be_a_whole_value(tmp_path):
+    with pytest.raises(ValueError, match=f"expected MNIST in {tmp_path}/pictures/mnist"):
+        study(
+            tmp_path, "  dense: {use: dense}", '  a: {use: scenes, with: {data: "{data}"}}', "paths: {data: pictures}"
+        )
+    with pytest.raises(ValueError, match="dota"):
+        study(
+            tmp_path, "  dense: {use: dense}", '  a: {use: scenes, with: {data: "{dota}"}}', "paths: {data: pictures}"
+        )
+
+
 def test_a_file_that_is_no_study(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_study(tmp_path / "none.yaml")

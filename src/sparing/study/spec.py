@@ -386,7 +386,9 @@ def _substituted(raw: dict[str, Any], where: _Where, given: Mapping[str, str | P
         if isinstance(value, list):
             return [walk(inner, (*place, i)) for i, inner in enumerate(value)]
         if isinstance(value, str):
-            for name in re.findall(r"\{(\w+)\}/", value):
+            # A folder itself, or what lies in it: other braces are the text's own.
+            for found in re.finditer(r"\{(\w+)\}/|^\{(\w+)\}$", value):
+                name = found[1] or found[2]
                 if f"{{{name}}}" == SEED and place[:1] == ("models",):
                     continue
                 if name not in folders:
