@@ -10,7 +10,18 @@ import processors
 import sparing
 from models import llama, llava, llava_batch, text_batch
 from sparing.execute import given
-from sparing.policies import DropTokens, EnterLate, FastV, PyramidDrop, SkipModules, ViCA
+from sparing.policies import (
+    DART,
+    DivPrune,
+    DropTokens,
+    EnterLate,
+    FastV,
+    PyramidDrop,
+    SkipModules,
+    SparseVLM,
+    ViCA,
+    VisionZip,
+)
 from sparing.tokens import Group
 from vision_models import FAMILIES, IMAGE
 
@@ -26,6 +37,8 @@ POLICIES = {
     "entering": lambda: ViCA([0, 2]) & EnterLate(1),
     "fastv": lambda: ViCA([0, 1, 2]) & FastV(1, 0.5),
     "pyramid": lambda: ViCA([0, 1, 2]) & PyramidDrop([1, 2], 0.6),
+    "dart": lambda: ViCA([0, 1, 2]) & DART(1, 0.5),
+    "divprune": lambda: ViCA([0, 2]) & DivPrune(0.5),
 }
 
 
@@ -409,6 +422,23 @@ def test_refusals():
     with torch.no_grad():
         changed.model.language_model.layers[0].self_attn.k_proj.weight.mul_(2)
     refuse("weights have changed", lambda: stale.apply().__enter__())
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [(SparseVLM([0], [0.5]), "merges tokens between layers"), (VisionZip(0.5), "layers were not seen at work")],
+)
+def test_what_needs_the_pictures_themselves_is_refused(other, why):
+    """Merging between layers would outdate the held keys; scores of the encoder are gone once it has run."""
+    model, inputs = llava(), llava_batch("left")
+    policy = ViCA([0, 1, 2]) & other
+    prefix = sparing.VisionPrefix.from_inputs(model, inputs, policy)
+
+    def call():
+        with prefix.apply():
+            model(**asked(inputs))
+
+    refuse(why, call)
 
 
 def test_company_matters_to_onevision():
