@@ -125,7 +125,7 @@ def main() -> None:
             "cells": len(quiet.cells),
             "overhead_per_cell_s": round((wall - own) / len(quiet.cells), 4),
         }
-        found |= killed(yaml, folder / "killed", 4 if options.quick else 20, draw)
+        found |= killed(yaml, folder / "killed", 2 if options.quick else 20, draw)
         found["killed_equals_quiet"] = figures(folder / "killed") == figures(folder / "quiet")
         Study(yaml, folder / "ray").run(on="ray")
         found["ray_equals_local"] = figures(folder / "ray") == figures(folder / "quiet")

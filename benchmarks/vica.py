@@ -1,6 +1,6 @@
 """What ViCA saves: over dense and text alone, for a second question about the same picture, and in training.
 
-    python benchmarks/vica.py --quick --json out.json     # the figures with a reach: under a minute on two free cores
+    python benchmarks/vica.py --quick --json out.json     # the figures with a reach: a minute on two free cores with bf16, two without
     python benchmarks/vica.py --json out.json             # and a grid: encoder, prefill, decode, end to end; batches and pictures
 
 The shapes of `engine.py` (16 layers, width 1024, 16 heads, MLP 2816, vocabulary 32,000, 576 visual and 64 text tokens, 4 reading
@@ -282,7 +282,7 @@ def quick(
     """The runs behind the figures with a reach."""
     decoder = build(**shape, kv_heads=shape["heads"], dtype=dtype, device=device)
     runs = {
-        f"b{batch}": prefill(Setting(decoder, reading, batch, visual), max(3, rounds // batch), 1) for batch in (1, 8)
+        f"b{batch}": prefill(Setting(decoder, reading, batch, visual), max(2, rounds // batch), 1) for batch in (1, 8)
     }
     runs["train"] = training(Setting(decoder, reading, 1, visual), max(rounds // 3, 2))
     del decoder
@@ -293,10 +293,10 @@ def quick(
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the figures with a reach alone: under a minute")
+    parser.add_argument("--quick", action="store_true", help="the figures with a reach alone")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument(
-        "--rounds", type=int, default=0, help="rounds of each timing at batch 1 (default 9 quick, 15 full)"
+        "--rounds", type=int, default=0, help="rounds of each timing at batch 1 (default 5 quick, 15 full)"
     )
     parser.add_argument("--accuracy", type=Path, default=ACCURACY, help="where retained_accuracy was written")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="of the grid")
@@ -309,7 +309,7 @@ def main() -> None:
     begin = time.perf_counter()
     fast = "bfloat16" if pays(torch.device("cpu")) else "float32"
     dtype = getattr(torch, options.dtype or fast)
-    rounds = options.rounds or (9 if options.quick else 15)
+    rounds = options.rounds or (5 if options.quick else 15)
     runs = quick(SHAPE, READING, dtype, "cpu", rounds)
     runs["dtype"] = str(dtype).removeprefix("torch.")
     if not options.quick:
