@@ -20,9 +20,8 @@ TOY = {"layers": 8, "hidden": 64, "heads": 4, "mlp": 96, "vocabulary": 200}
 READING = {32: [0, 1, 7, 8, 9, 10, 11, 14], 8: [0, 3]}
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_of(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, str]:
+    """Read the options that benchmarks on a GPU share, beside the parser's own; and the device. Ends where there is no GPU."""
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--shrink", action="store_true", help="a toy shape, also without a GPU")
@@ -31,6 +30,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.shrink:
         parser.exit(2, "error: no CUDA device here; run it where there is one, or pass --shrink\n")
+    return options, device
+
+
+def main() -> None:
+    """Measure, print and write."""
+    options, device = options_of(
+        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    )
     shape = TOY if options.shrink else LLAVA_7B
     engine.READING = READING[shape["layers"]]
     begin = time.perf_counter()

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 import vica
 from arms import build
 from engine import finish
-from gpu_engine import LLAVA_7B, READING, TOY
+from gpu_engine import LLAVA_7B, READING, TOY, options_of
 
 TOY_ENCODER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -26,17 +25,10 @@ TOY_ENCODER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="of the grid")
     parser.add_argument("--visual", nargs="+", type=int, default=[144, 576, 2880], help="visual tokens of the grid")
     parser.add_argument("--train", action="store_true", help="a training step too: 7B then needs about 45 GiB")
-    parser.add_argument("--shrink", action="store_true", help="a toy shape, also without a GPU")
-    options = parser.parse_args()
-    options.quick = options.shrink
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not options.shrink:
-        parser.exit(2, "error: no CUDA device here; run it where there is one, or pass --shrink\n")
+    options, device = options_of(parser)
     shape = TOY if options.shrink else LLAVA_7B
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     reading, rounds = READING[shape["layers"]], 2 if options.shrink else options.rounds

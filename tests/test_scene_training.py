@@ -11,7 +11,8 @@ import sparing
 from sparing import zoo
 from sparing.evaluate.task import Subject
 from sparing.policies import EnterLate
-from sparing.study.scene_training import IGNORED, SceneTraining, _Turns, turns_of
+from sparing.study.scene_training import SceneTraining, _Turns, turns_of
+from sparing.train.turns import IGNORED
 from sparing.worlds import scenes
 
 SMALL = SceneTraining(steps=4, rows=2, turns=2)

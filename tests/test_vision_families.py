@@ -13,7 +13,7 @@ from sparing.execute import check_policy
 from sparing.plan import Policy
 from sparing.policies import DropTokens, EnterLate, FastV, ViCA
 from sparing.tokens import Group
-from vision_models import FAMILIES, IMAGE, QWEN, onevision, qwen2_5_vl, qwen3_vl
+from vision_models import FAMILIES, IMAGE, QWEN, decoded, onevision, qwen2_5_vl, qwen3_vl
 
 TOLERANCE = 1e-5
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -33,19 +33,7 @@ def marks(model):
 def decode(model, inputs, execute, policy, extra):
     """Logits of a prompt, then of a chunk of three and of single tokens, all through the cache, at the model's positions."""
     with torch.no_grad(), sparing.apply(model, policy, execute=execute) as run:
-        out = model(**inputs, use_cache=True)
-        logits, mask = [out.logits], inputs["attention_mask"]
-        position = mask.sum(1, keepdim=True)
-        deltas = getattr(model.model, "rope_deltas", None)
-        for chunk in (extra[:, :3], *extra[:, 3:].split(1, dim=1)):
-            n = chunk.shape[1]
-            mask = torch.cat([mask, torch.ones(len(mask), n, dtype=mask.dtype)], dim=1)
-            ids = position + torch.arange(n)
-            position = position + n
-            ids = ids if deltas is None else (ids + deltas).expand(3, -1, -1)
-            out = model(chunk, attention_mask=mask, position_ids=ids, past_key_values=out.past_key_values)
-            logits.append(out.logits)
-        return logits, run.ledger
+        return decoded(model, inputs, extra)[0], run.ledger
 
 
 @families

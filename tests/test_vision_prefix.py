@@ -23,7 +23,7 @@ from sparing.policies import (
     VisionZip,
 )
 from sparing.tokens import Group
-from vision_models import FAMILIES, IMAGE
+from vision_models import FAMILIES, IMAGE, decoded
 
 TOLERANCE = 1e-5
 PIXELS = ("pixel_values", "pixel_attention_mask")
@@ -49,22 +49,6 @@ def relative(a, b, mask):
 def asked(inputs):
     """A batch without its pixels."""
     return {name: value for name, value in inputs.items() if name not in PIXELS}
-
-
-def decoded(model, inputs, extra):
-    """Logits of a prompt, a chunk of three and single tokens, at the model's positions; and the cache."""
-    out = model(**inputs, use_cache=True)
-    logits, mask = [out.logits], inputs["attention_mask"]
-    position, deltas = mask.sum(1, keepdim=True), getattr(model.model, "rope_deltas", None)
-    for chunk in (extra[:, :3], *extra[:, 3:].split(1, dim=1)):
-        n = chunk.shape[1]
-        mask = torch.cat([mask, torch.ones(len(mask), n, dtype=mask.dtype)], dim=1)
-        ids = position + torch.arange(n)
-        position = position + n
-        ids = ids if deltas is None else (ids + deltas).expand(3, -1, -1)
-        out = model(chunk, attention_mask=mask, position_ids=ids, past_key_values=out.past_key_values)
-        logits.append(out.logits)
-    return logits, out.past_key_values
 
 
 def compare(model, inputs, policy, prefix, pictures=None):

@@ -265,19 +265,12 @@ def _ask(
     keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Every task's outcome, with a bar each; results are kept as they come."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
+    from sparing.cli.progress import step_bars
     from sparing.evaluate.measurements import Measurements
 
     known = Measurements(path, _subject_key(subject))
     found: dict[str, Any] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(24),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[line]}", style="dim"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with step_bars(console, transient=True) as progress:
         for name, task in asked.items():
             bar = progress.add_task(name, total=1.0, line="")
             found[name] = known.get(

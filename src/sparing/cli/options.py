@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -54,3 +55,18 @@ def dtype_of(name: DtypeName) -> torch.dtype | Literal["auto"]:
     import torch
 
     return "auto" if name == "auto" else getattr(torch, name)
+
+
+def places_of(given: Iterable[str] | None) -> dict[str, str]:
+    """The folders that `--path NAME=FOLDER` names.
+
+    Raises:
+        ValueError: one names none.
+    """
+    places = {}
+    for text in given or ():
+        name, sign, folder = text.partition("=")
+        if not sign or not name or not folder:
+            raise ValueError(f"--path {text}: give NAME=FOLDER, such as data=/my/data")
+        places[name] = folder
+    return places

@@ -187,15 +187,9 @@ def run_profile(
 
 def _measure(job: Profiler, path: Path, console: Console) -> dict[str, Any]:
     """Run the profile with a bar for each of its phases, and the latest step beside it."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from sparing.cli.progress import step_bars
 
-    columns = (
-        TextColumn("{task.description:<12}"),
-        BarColumn(24),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[line]}", style="dim"),
-    )
-    with Progress(*columns, console=console) as progress:
+    with step_bars(console, width=12) as progress:
         tasks: dict[str, Any] = {}
 
         def on_step(phase: str, done: float, line: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sparing.cli.options import Device
+from sparing.cli.options import Device, places_of
 from sparing.cli.study_reading import diff, export, print_sentences, report
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def run(
     if out is None:
         from sparing.study.spec import read_study
 
-        out = Path("runs") / read_study(file, paths=_places(path), shrink=shrink).file.study.replace(" ", "-")
-    job = Study(file, out, shrink=shrink, paths=_places(path), device=device_of(device), environment=environment())
+        out = Path("runs") / read_study(file, paths=places_of(path), shrink=shrink).file.study.replace(" ", "-")
+    job = Study(file, out, shrink=shrink, paths=places_of(path), device=device_of(device), environment=environment())
     _run(job, on=on, again=again, address=address)
 
 
@@ -222,16 +222,6 @@ class _Bars:
         running = list(self._running.values())
         more = f" and {len(running) - 1} more" if len(running) > 1 else ""
         self._progress.update(self._task, line=running[0] + more if running else "")
-
-
-def _places(given: list[str] | None) -> dict[str, str]:
-    places = {}
-    for text in given or ():
-        name, sign, folder = text.partition("=")
-        if not sign or not name or not folder:
-            raise ValueError(f"--path {text}: give NAME=FOLDER, such as data=/my/data")
-        places[name] = folder
-    return places
 
 
 def _counts(job: Study) -> dict[str, int]:

@@ -74,9 +74,9 @@ def convert(
     from sparing.anatomy import anatomy_of
     from sparing.cli.models import load_model
     from sparing.cli.profile import check_out
+    from sparing.cli.progress import step_bar
     from sparing.cli.record import RunRecord
     from sparing.cli.vica_conversion import Wanted, check_wanted, convert_model, print_conversion
-    from sparing.cli.vica_training import Bar
 
     wanted = Wanted(layers, prefix, by, budget, images, max_questions, seed)
     check_wanted(wanted)
@@ -91,8 +91,8 @@ def convert(
     config |= {"max_questions": max_questions, "device": device, "dtype": dtype}
     console = Console()
     with RunRecord(out, config=config, seed=seed) as record:
-        with Bar("converting", console) as bar:
-            found = convert_model(loaded, processor, wanted, measurements=out / "measurements.jsonl", on_step=bar.tell)
+        with step_bar("converting", console) as tell:
+            found = convert_model(loaded, processor, wanted, measurements=out / "measurements.jsonl", on_step=tell)
         record.figures = {"policy": repr(found.policy), **found.about, "answers": found.figures.get("answers", [])}
         sparing.save(loaded, out, [found.policy], processor=processor, figures=found.card, about=found.about)
     print_conversion(found, anatomy_of(loaded).shape().depth, console)

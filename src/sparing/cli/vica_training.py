@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from sparing.cli.options import places_of
+from sparing.cli.progress import step_bar
 from sparing.cli.vica_conversion import (
     Wanted,
     check_wanted,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from sparing.cli.vica_conversion import Converted
     from sparing.policies import ViCA
-    from sparing.train import Fit, Stage
+    from sparing.train import Fit, Stage, TrainingRecipe
 
 SCENE_STEPS = 100
 """Steps on drawn scenes, which have no end, where none are given."""
@@ -72,36 +74,13 @@ class Job:
         """For the record."""
         return dataclasses.asdict(self)
 
+    @functools.cached_property
+    def recipe_told(self) -> TrainingRecipe:
+        """What the recipe says, read once."""
+        from sparing.train import read_recipe
 
-class Bar:
-    """A bar with the latest step beside it, as a context."""
-
-    def __init__(self, what: str, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn("{task.description:<10}"),
-            BarColumn(24),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[line]}", style="dim"),
-        )
-        self._progress = Progress(*columns, console=console, disable=console.quiet)
-        self._task = self._progress.add_task(what, total=1.0, line="")
-
-    def tell(self, done: float, line: str) -> None:
-        """Show how far it is."""
-        self._progress.update(self._task, completed=done, line=line)
-
-    def __enter__(self) -> Bar:
-        """Begin to show it."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave it as it stands."""
-        self._progress.stop()
+        assert self.recipe is not None
+        return read_recipe(self.recipe)
 
 
 def run_job(job: Job) -> None:
@@ -121,7 +100,7 @@ def run_job(job: Job) -> None:
     for wanted in (job.wanted, job.otherwise):
         if wanted is not None:
             check_wanted(wanted)
-    _places(job.paths)
+    places_of(job.paths)
     check_out(job.out)
     console = Console(quiet=rank > 0)
     with contextlib.ExitStack() as stack:
@@ -166,8 +145,8 @@ def _begin(job: Job, console: Console, processes: int) -> tuple[nn.Module, Any, 
         policy = ViCA(layers, wanted.read_prefix())
         policy.validate(anatomy_of(model).shape())
         return model, processor, policy, None
-    with Bar("converting", console) as bar:
-        found = convert_model(model, processor, wanted, measurements=job.out / "measurements.jsonl", on_step=bar.tell)
+    with step_bar("converting", console) as tell:
+        found = convert_model(model, processor, wanted, measurements=job.out / "measurements.jsonl", on_step=tell)
     if not given:
         print_conversion(found, anatomy_of(model).shape().depth, console)
     return model, processor, found.policy, found
@@ -181,7 +160,6 @@ def _loaded(job: Job, processes: int) -> tuple[nn.Module, Any, tuple]:
     from sparing.evaluate.reading_layers import check_sees
     from sparing.study.bench import resolved
     from sparing.study.shrinking import stand_in
-    from sparing.train import read_recipe
     from sparing.train.beginning import forget_projector, take_language
 
     where = device_of(job.device)
@@ -194,7 +172,7 @@ def _loaded(job: Job, processes: int) -> tuple[nn.Module, Any, tuple]:
         check_sees(model)
         _note_dtype(model)
         return model.float(), processor, saved
-    recipe = read_recipe(job.recipe)
+    recipe = job.recipe_told
     if job.shrink:
         model, processor = load_shrunk(stand_in(recipe.model, resolved, recipe.like), seed=job.seed)
         model = model.to(device_of(device))
@@ -218,10 +196,8 @@ def _note_dtype(model: Any) -> None:
 def _recipe_policy(job: Job, model: nn.Module) -> ViCA:
     from sparing.anatomy import anatomy_of
     from sparing.policies import ViCA
-    from sparing.train import read_recipe
 
-    assert job.recipe is not None
-    entry = read_recipe(job.recipe).vica
+    entry = job.recipe_told.vica
     layers = entry.layers
     if job.shrink:
         layers = tuple(layer for layer in layers if layer < anatomy_of(model).shape().depth) or (0,)
@@ -236,15 +212,13 @@ def _stages(job: Job, processor: Any) -> list[Stage]:
         Lora,
         Optimisation,
         Stage,
-        read_recipe,
         speaks_scenes,
     )
 
     if job.recipe is not None:
-        recipe = read_recipe(job.recipe)
         if job.shrink:
-            return recipe.shrunk(job.out / "training" / "data", job.seed)
-        return recipe.made(job.recipe.parent, _places(job.paths))
+            return job.recipe_told.shrunk(job.out / "training" / "data", job.seed)
+        return job.recipe_told.made(job.recipe.parent, places_of(job.paths))
     own = job.own
     if own.data is not None:
         conversations: Any = ConversationFile(own.data, own.pictures)
@@ -275,13 +249,13 @@ def _stages(job: Job, processor: Any) -> list[Stage]:
 def _trained(job: Job, model: Any, processor: Any, policy: ViCA, stages: list[Stage], console: Console) -> list[Fit]:
     import torch
 
-    from sparing.train import read_recipe, train_stages
+    from sparing.train import train_stages
 
     dtype = job.dtype
     if job.recipe is not None and dtype == "auto" and not job.shrink:
-        dtype = read_recipe(job.recipe).dtype
+        dtype = job.recipe_told.dtype
     fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    with Bar("training", console) as bar, _quiet():
+    with step_bar("training", console) as tell, _quiet():
         return train_stages(
             model,
             processor,
@@ -292,7 +266,7 @@ def _trained(job: Job, model: Any, processor: Any, policy: ViCA, stages: list[St
             autocast=dtype == "bfloat16" or (dtype == "auto" and fast and job.device != "cpu"),
             save_every=job.save_every,
             workers=job.workers,
-            on_step=bar.tell,
+            on_step=tell,
         )
 
 
@@ -349,8 +323,8 @@ def _end(
     material = converted.material if converted is not None else material_for(model, processor, job.otherwise)
     figures: dict[str, Any] = {"notes": []} if converted is None else dict(converted.figures)
     if material is not None and material.ready:
-        with Bar("asking", console) as bar:
-            after = report(material, measurements_of(material), {"trained": (policy,)}, bar.tell)
+        with step_bar("asking", console) as tell:
+            after = report(material, measurements_of(material), {"trained": (policy,)}, tell)
         figures = _joined({**figures, "visual_share": VisualCost(material).share(policy.layers)}, after)
         figures["questions"] = len(material.asked("report"))
         print_figures(figures, console)
@@ -386,13 +360,3 @@ def _selection(job: Job, converted: Converted | None) -> Any:
         return about(job.model).get("selection")
     except ValueError:
         return None
-
-
-def _places(given: tuple[str, ...]) -> dict[str, str]:
-    places = {}
-    for text in given:
-        name, sign, folder = text.partition("=")
-        if not sign or not name or not folder:
-            raise ValueError(f"--path {text}: give NAME=FOLDER, such as data=/my/data")
-        places[name] = folder
-    return places

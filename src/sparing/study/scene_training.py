@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sparing.evaluate.task import Progress, Subject
 from sparing.evaluate.tasks.scenes import check_speaks
 from sparing.study.training import Training
-from sparing.train import Optimisation, Part, fit, trained_parts
+from sparing.train import ChatBatches, Optimisation, Part, about_scene, fit, trained_parts
 from sparing.worlds.grids import GridScene, GridWorld, Question
 from sparing.worlds.opening import scene_files, scene_world
 
-IGNORED = -100
 PARTS: Mapping[str, Part] = {"language": "language", "bridge": "projector"}
 
 
@@ -120,29 +118,6 @@ def turns_of(
     subject: Subject, world: GridWorld, drawn: Sequence[GridScene], asked: Sequence[Sequence[Question]]
 ) -> dict[str, Tensor]:
     """A batch of chats: each a picture and questions with their answers, `labels` on answers and their ends alone."""
-    tokenizer = subject.tokenizer
-    words, end = tokenizer.get_vocab(), tokenizer.eos_token_id
-    texts, labels = [], []
-    for questions in asked:
-        ids: list[int] = []
-        for question in questions:
-            answer = [words[word] for word in question.answer.split()] + [end]
-            ids += [IGNORED] * len(question.text.split()) + answer
-        texts.append(
-            f"{tokenizer.bos_token}{subject.processor.image_token} "
-            + " ".join(f"{q.text} {q.answer} {tokenizer.eos_token}" for q in questions)
-        )
-        labels.append(ids)
-    inputs = subject.processor(
-        images=[world.picture(scene) for scene in drawn],
-        text=texts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="right",
-        add_special_tokens=False,
-    )
-    found = torch.full_like(inputs["input_ids"], IGNORED)
-    for row, ids in enumerate(labels):
-        stop = int(inputs["attention_mask"][row].sum())
-        found[row, stop - len(ids) : stop] = torch.tensor(ids)
-    return {**inputs, "labels": found}
+    chats = [about_scene(world, *pair, f"scene {i}") for i, pair in enumerate(zip(drawn, asked, strict=True))]
+    rows = ChatBatches(subject.model, subject.processor, chats)
+    return rows.collate([rows[i] for i in range(len(rows))])

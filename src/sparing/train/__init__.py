@@ -1,7 +1,7 @@
 """Training of models under policies, on `transformers.Trainer`: any data of conversations, whole or by LoRA, in stages."""
 
 from sparing.train.conversations import Conversation, ConversationFile, Turn
-from sparing.train.drawn import DrawnConversations, speaks_scenes, write_conversations
+from sparing.train.drawn import DrawnConversations, about_scene, speaks_scenes, write_conversations
 from sparing.train.fitting import Fit, Optimisation, fit
 from sparing.train.parts import Lora, Part, trained_parts
 from sparing.train.recipe import TrainingRecipe, read_recipe
@@ -20,6 +20,7 @@ __all__ = [
     "Stage",
     "TrainingRecipe",
     "Turn",
+    "about_scene",
     "encode",
     "fit",
     "read_recipe",

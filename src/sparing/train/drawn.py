@@ -11,6 +11,7 @@ import numpy as np
 
 from sparing.train.conversations import PICTURE, Conversation, Turn
 from sparing.worlds import scenes
+from sparing.worlds.grids import GridScene, GridWorld, Question
 
 KEY = 23
 """Tells these draws from others of the same seed."""
@@ -38,18 +39,22 @@ class DrawnConversations(Sequence[Conversation]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        scene, asked = self.draw(index)
-        turns = []
-        for i, question in enumerate(asked):
-            turns.append(Turn("user", (None, question.text) if i == 0 else (question.text,)))
-            turns.append(Turn("assistant", (question.answer,)))
-        return Conversation(tuple(turns), (scenes.picture(scene),), f"scene {index}")
+        return about_scene(scenes.WORLD, *self.draw(index), f"scene {index}")
 
     def draw(self, index: int) -> tuple[scenes.Scene, list[scenes.Question]]:
         """The scene of an item, and what is asked about it."""
         rng = np.random.default_rng([self.seed, index, KEY])
         scene = scenes.draw_scene(rng, scenes.SceneSpec(), "train")
         return scene, scenes.questions(scene, rng, self.turns)
+
+
+def about_scene(world: GridWorld, scene: GridScene, asked: Sequence[Question], place: str) -> Conversation:
+    """A scene's picture, and several questions about it with their answers; `place` names it in errors."""
+    turns = []
+    for i, question in enumerate(asked):
+        turns.append(Turn("user", (None, question.text) if i == 0 else (question.text,)))
+        turns.append(Turn("assistant", (question.answer,)))
+    return Conversation(tuple(turns), (world.picture(scene),), place)
 
 
 def write_conversations(folder: Path, number: int, seed: int = 0, turns: int = 8) -> Path:
@@ -77,5 +82,4 @@ def write_conversations(folder: Path, number: int, seed: int = 0, turns: int = 8
 def speaks_scenes(processor: Any) -> bool:
     """Whether a model's tokenizer knows the words of the scenes."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    known = {} if tokenizer is None else tokenizer.get_vocab()
-    return all(word in known for word in scenes.vocabulary())
+    return tokenizer is not None and not scenes.WORLD.strange_words(tokenizer.get_vocab())

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from sparing.train.turns import IGNORED
 from sparing.worlds.grids import GridScene, GridWorld, Question
 from sparing.worlds.scenes import WORLD as SCENES
 from sparing.worlds.splits import Split
 from sparing.zoo.scene_recipe import SceneRecipe, Stage
-
-IGNORED = -100
 
 
 class SceneBatch(NamedTuple):

@@ -99,8 +99,7 @@ def check_speaks(subject: Subject, world: GridWorld) -> None:
     Raises:
         NotApplicable: see above.
     """
-    known = subject.tokenizer.get_vocab()
-    if strange := [word for word in world.vocabulary() if word not in known]:
+    if strange := world.strange_words(subject.tokenizer.get_vocab()):
         raise NotApplicable(
             f"the model's tokenizer has no word {strange[0]!r}: questions about scenes are for models trained on that world"
         )

@@ -1,7 +1,7 @@
 """`GridWorld`: what a model that looks at grids is trained and measured on, whatever is drawn in the patches."""
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,10 @@ class GridWorld(abc.ABC):
     @abc.abstractmethod
     def vocabulary(self) -> tuple[str, ...]:
         """Every word that a question, an answer or a told scene can hold, each once, always in the same order."""
+
+    def strange_words(self, known: Container[str]) -> list[str]:
+        """Words of the vocabulary that are not among those that a model knows."""
+        return [word for word in self.vocabulary() if word not in known]
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
