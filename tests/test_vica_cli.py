@@ -249,6 +249,13 @@ def test_bad_trainings_are_one_line(what, vision, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_data_that_is_not_there_is_told_before_layers_are_chosen(tmp_path, capsys):
+    command = words("vica", "train", "scenes-llava", "--data", tmp_path / "none.jsonl", "--out", tmp_path / "o")
+    assert main(command) == 2
+    assert "does not exist: name a file of JSON" in capsys.readouterr().err
+    assert not (tmp_path / "o" / "measurements.jsonl").exists()
+
+
 def test_layers_of_a_converted_model_stand(converted, tmp_path, capsys):
     assert main(words("vica", "train", converted, "--layers", "1", "--steps", 1, "--out", tmp_path / "o")) == 2
     assert "reads in layers [0, 5] already: leave --layers out" in capsys.readouterr().err

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from sparing.cli.vica_conversion import Converted
     from sparing.policies import ViCA
-    from sparing.train import Fit, Stage, TrainingRecipe
+    from sparing.train import ConversationFile, Fit, Stage, TrainingRecipe
 
 SCENE_STEPS = 100
 """Steps on drawn scenes, which have no end, where none are given."""
@@ -82,6 +82,13 @@ class Job:
         assert self.recipe is not None
         return read_recipe(self.recipe)
 
+    @functools.cached_property
+    def conversations(self) -> ConversationFile | None:
+        """The data of `--data`, looked through once."""
+        from sparing.train import ConversationFile
+
+        return None if self.own.data is None else ConversationFile(self.own.data, self.own.pictures)
+
 
 def run_job(job: Job) -> None:
     """Train, save and report.
@@ -101,6 +108,8 @@ def run_job(job: Job) -> None:
         if wanted is not None:
             check_wanted(wanted)
     places_of(job.paths)
+    # Before anything is loaded or chosen: what cannot be read is told at once.
+    _ = job.conversations if job.recipe is None else job.recipe_told
     check_out(job.out)
     console = Console(quiet=rank > 0)
     with contextlib.ExitStack() as stack:
@@ -207,7 +216,6 @@ def _recipe_policy(job: Job, model: nn.Module) -> ViCA:
 def _stages(job: Job, processor: Any) -> list[Stage]:
     """What is trained on what."""
     from sparing.train import (
-        ConversationFile,
         DrawnConversations,
         Lora,
         Optimisation,
@@ -220,8 +228,8 @@ def _stages(job: Job, processor: Any) -> list[Stage]:
             return job.recipe_told.shrunk(job.out / "training" / "data", job.seed)
         return job.recipe_told.made(job.recipe.parent, places_of(job.paths))
     own = job.own
-    if own.data is not None:
-        conversations: Any = ConversationFile(own.data, own.pictures)
+    if job.conversations is not None:
+        conversations: Any = job.conversations
         source = str(own.data)
     elif speaks_scenes(processor):
         conversations = DrawnConversations((own.steps or SCENE_STEPS) * own.batch, job.seed)
