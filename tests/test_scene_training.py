@@ -11,7 +11,7 @@ import sparing
 from sparing import zoo
 from sparing.evaluate.task import Subject
 from sparing.policies import EnterLate
-from sparing.study.scene_training import SceneTraining, _Turns, turns_of
+from sparing.study.scene_training import SceneTraining, TwoSceneStages, _Turns, turns_of
 from sparing.train.turns import IGNORED
 from sparing.worlds import scenes
 
@@ -81,3 +81,33 @@ def test_settings_are_checked():
         SceneTraining(steps=0).check()
     with pytest.raises(ValueError, match="at least one of"):
         SceneTraining(parts=()).check()
+
+
+def test_two_stages_begin_with_a_projector_that_knows_nothing(tmp_path, monkeypatch):
+    stages = TwoSceneStages(aligning_steps=2, steps=3, rows=1, turns=2)
+    moved, train = [], SceneTraining.train
+
+    def watched(self, given, *, seed, folder, on_step=None):
+        before = {name: weight.clone() for name, weight in given.model.named_parameters()}
+        after = train(self, given, seed=seed, folder=folder, on_step=on_step)
+        changed = (n for n, weight in after.model.named_parameters() if not torch.equal(weight, before[n]))
+        moved.append((seed, self.steps, {name.split(".")[1] for name in changed if name.startswith("model.")}))
+        return after
+
+    monkeypatch.setattr(SceneTraining, "train", watched)
+    told = []
+    shipped = subject().model.model.multi_modal_projector.linear_1.weight.clone()
+    trained = stages.train(
+        subject(EnterLate(3)), seed=1, folder=tmp_path / "a", on_step=lambda *said: told.append(said)
+    )
+    projector = trained.model.model.multi_modal_projector.linear_1.weight
+    assert (projector - shipped).abs().mean() > 0.5 * shipped.abs().mean()
+    assert moved == [(2, 2, {"multi_modal_projector"}), (3, 3, {"multi_modal_projector", "language_model"})]
+    assert told[-1][0] == 1
+    assert told[-1][1].startswith("tuning:")
+    # Killed between the stages, or in the second: the first is not trained again.
+    again = stages.train(subject(EnterLate(3)), seed=1, folder=tmp_path / "a")
+    for one, two in zip(trained.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(ValueError, match="at least 1"):
+        TwoSceneStages(aligning_steps=0).check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ from sparing.evaluate.task import Ingredient, NotApplicable, Progress, Subject
 from sparing.evaluate.text_material import TextMaterial
 from sparing.evaluate.windows import read_text
 from sparing.execute import apply
-from sparing.study.names import unknown, with_plugins
+from sparing.study.names import made, unknown, with_plugins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +249,7 @@ def known_methods() -> dict[str, type[Method]]:
     """Methods by name: ours, and those of installed packages (entry point group `sparing.methods`); policies apart."""
     # They are built on this file.
     from sparing.study.budget_methods import AtVisualCost
+    from sparing.study.sequence_method import InSequence
     from sparing.study.token_methods import Ablation, TokenClass
     from sparing.study.vica_methods import SelectedViCA
 
@@ -257,5 +258,26 @@ def known_methods() -> dict[str, type[Method]]:
         "ablation": Ablation,
         "vica_selected": SelectedViCA,
         "at_visual_cost": AtVisualCost,
+        "sequence": InSequence,
     }
     return with_plugins({**OURS, **more}, "sparing.methods")
+
+
+def method_maker(use: str) -> Callable[[Mapping[str, Any]], Method]:
+    """What makes a method of its settings, for the name of a method or of a policy.
+
+    Raises:
+        ValueError: no method and no policy is called so.
+    """
+    methods = known_methods()
+    if use in methods:
+        return lambda settings: made(methods[use], settings)
+    if use in known_policies():
+
+        def as_policy(settings: Mapping[str, Any]) -> Method:
+            arguments = dict(settings)
+            execute = arguments.pop("execute", "gathered")
+            return made(UsePolicy, {"policy": use, "arguments": arguments, "execute": execute})
+
+        return as_policy
+    raise ValueError(unknown("method", use, [*methods, *known_policies()]))

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from sparing.evaluate.task import Progress, Subject
 from sparing.evaluate.tasks.scenes import check_speaks
 from sparing.study.training import Training
-from sparing.train import ChatBatches, Optimisation, Part, about_scene, fit, trained_parts
+from sparing.train import ChatBatches, Optimisation, Part, about_scene, fit, forget_projector, trained_parts
 from sparing.worlds.grids import GridScene, GridWorld, Question
 from sparing.worlds.opening import scene_files, scene_world
 
@@ -93,6 +93,59 @@ class SceneTraining(Training):
             )
         model.config.get_text_config().use_cache = caches
         return dataclasses.replace(subject, model=model.to(kept).eval().requires_grad_(True))
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoSceneStages(Training):
+    """LLaVA's two stages on scenes, under the subject's policies from the first step: a fresh projector alone, then both.
+
+    Encoder and language model begin with the checkpoint's weights; the projector's are drawn from the seed.
+
+    Attributes:
+        aligning_steps: optimiser steps of the first stage.
+        steps: of the second.
+        aligning_lr: peak learning rate of the first stage.
+        lr: of the second.
+        rows: pictures a step.
+        turns: questions about a picture.
+        data: as in `SceneTraining`.
+    """
+
+    aligning_steps: int = 600
+    steps: int = 600
+    aligning_lr: float = 2e-3
+    lr: float = 5e-4
+    rows: int = 6
+    turns: int = 8
+    data: Path | None = None
+
+    def check(self) -> None:
+        """Look at the settings."""
+        for stage in self.stages().values():
+            stage.check()
+
+    def files(self) -> tuple[Path, ...]:
+        """What the scenes are made of."""
+        return scene_files(self.data)
+
+    def stages(self) -> dict[str, SceneTraining]:
+        """The trainings by name, in order."""
+        tuning = SceneTraining(self.steps, self.rows, self.turns, self.lr, data=self.data)
+        aligning = dataclasses.replace(tuning, steps=self.aligning_steps, lr=self.aligning_lr, parts=("bridge",))
+        return {"aligning": aligning, "tuning": tuning}
+
+    def train(self, subject: Subject, *, seed: int, folder: Path, on_step: Progress | None = None) -> Subject:
+        """Train, one stage after the other."""
+        forget_projector(subject.model, seed)
+        for i, (name, stage) in enumerate(self.stages().items()):
+
+            def forward(done: float, word: str, i: int = i, name: str = name) -> None:
+                if on_step is not None:
+                    on_step((i + done) / 2, f"{name}: {word}")
+
+            # The second stage must not see the first one's scenes again.
+            subject = stage.train(subject, seed=2 * seed + i, folder=folder / name, on_step=forward)
+        return subject
 
 
 class _Turns(Dataset):

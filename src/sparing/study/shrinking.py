@@ -19,6 +19,7 @@ SMALL: dict[str, Any] = {
     "window": 64,
     "repeats": 1,
     "steps": 2,
+    "aligning_steps": 2,
     "width": 1,
     "batches": (1, 2),
     "prompt": 16,
@@ -36,11 +37,15 @@ STAND_IN = "arithmetic-llama"
 def smaller(settings: T, folder: Path) -> T:
     """The same settings with less data; a text that is not on this machine gives way to a page of the zoo.
 
+    Settings that know it themselves say it with a method of this name.
+
     Args:
         settings: a method, training or task.
         folder: what relative paths are relative to.
     """
     assert dataclasses.is_dataclass(settings)
+    if (own := getattr(settings, "smaller", None)) is not None:
+        return own(folder)
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from sparing.checkpoint.registry import known_policies
 from sparing.evaluate.tasks import known_tasks
 from sparing.study.controls import Pairs, matched_controls
-from sparing.study.methods import Method, UsePolicy, known_methods
+from sparing.study.methods import UsePolicy, known_methods, method_maker
 from sparing.study.names import made, placed, unknown
 from sparing.study.shrinking import smaller
 from sparing.study.training import known_trainings
@@ -243,7 +243,7 @@ def read_study(path: Path, *, paths: Mapping[str, str | Path] | None = None, shr
             if Path(folder).is_absolute() and not Path(folder).exists():
                 raise where.at(("models", name, "path"), f"the model's folder {folder} does not exist")
     where.shrink = shrink
-    methods = _variants("methods", file.methods, where, _method)
+    methods = _variants("methods", file.methods, where, method_maker)
     trainings = _variants("training", file.training, where, lambda use: _class("training", use, known_trainings()))
     tasks = _variants("tasks", file.tasks, where, lambda use: _class("task", use, known_tasks()))
     for kind, entries in (("methods", file.methods), ("training", file.training), ("tasks", file.tasks)):
@@ -305,21 +305,6 @@ def _fields(place: Place) -> list[str]:
     else:
         fields = {"models": ModelEntry, "questions": Question}.get(str(place[0]), Entry).model_fields
     return [field.alias or name for name, field in fields.items()]
-
-
-def _method(use: str) -> Callable[[Mapping[str, Any]], Method]:
-    methods = known_methods()
-    if use in methods:
-        return lambda settings: made(methods[use], settings)
-    if use in known_policies():
-
-        def as_policy(settings: Mapping[str, Any]) -> Method:
-            arguments = dict(settings)
-            execute = arguments.pop("execute", "gathered")
-            return made(UsePolicy, {"policy": use, "arguments": arguments, "execute": execute})
-
-        return as_policy
-    raise ValueError(unknown("method", use, [*methods, *known_policies()]))
 
 
 def _class(what: str, use: str, known: Mapping[str, type[T]]) -> Callable[[Mapping[str, Any]], T]:

@@ -38,9 +38,9 @@ class Training(Ingredient):
 
 def ours() -> dict[str, type[Training]]:
     """Trainings of this package by name."""
-    from sparing.study.scene_training import SceneTraining
+    from sparing.study.scene_training import SceneTraining, TwoSceneStages
 
-    return {"scenes": SceneTraining}
+    return {"scenes": SceneTraining, "scenes_two_stages": TwoSceneStages}
 
 
 def known_trainings() -> dict[str, type[Training]]:

@@ -1,5 +1,6 @@
 """Training of models under policies, on `transformers.Trainer`: any data of conversations, whole or by LoRA, in stages."""
 
+from sparing.train.beginning import forget_projector
 from sparing.train.conversations import Conversation, ConversationFile, Turn
 from sparing.train.drawn import DrawnConversations, about_scene, speaks_scenes, write_conversations
 from sparing.train.fitting import Fit, Optimisation, fit
@@ -23,6 +24,7 @@ __all__ = [
     "about_scene",
     "encode",
     "fit",
+    "forget_projector",
     "read_recipe",
     "speaks_scenes",
     "train_stages",
