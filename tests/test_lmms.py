@@ -13,16 +13,18 @@ from PIL import Image, ImageDraw
 from tokenizers.processors import TemplateProcessing
 
 import processors as cases
+import sparing
 from sparing.cli import main
 from sparing.evaluate import SUITES, LmmsTask, NotApplicable, Subject, task_class
 from sparing.evaluate.tasks.lmms_answers import generation_settings, turns_of_messages, turns_of_visuals
 from sparing.evaluate.tasks.lmms_results import outcome_of
 from sparing.evaluate.tasks.metering import Meter
 from sparing.evaluate.tasks.picture_answers import PictureAnswers
-from sparing.policies import FastV, SkipModules
+from sparing.policies import FastV, SkipModules, ViCA
 
 COLOURS = ("red", "blue", "green", "black")
 QUESTIONS = ("Which colour is it?", "What is here, and which of the two is larger?", "Why?")
+VICA = (ViCA([0]),)
 POLICIES = (SkipModules(attention=[1]), FastV(1, 0.5))
 
 
@@ -390,8 +392,9 @@ def asked_of(i):
     return turns_of_visuals([square(COLOURS[i])], f"Which colour is {i}?")
 
 
-def test_lmms_eval_asks_a_model_under_policies(python, folder):
-    subject = Subject(*cases.family("llava"), POLICIES)
+@pytest.mark.parametrize("policies", [POLICIES, VICA], ids=["skip", "vica"])
+def test_lmms_eval_asks_a_model_under_policies(python, folder, policies):
+    subject = Subject(*cases.family("llava"), policies)
     own = [alone(subject, asked_of(i)) for i in range(4)]
     stock = [alone(Subject(subject.model, subject.processor), asked_of(i)) for i in range(4)]
     assert own != stock
@@ -438,11 +441,12 @@ def test_lmms_eval_refuses_in_one_line(python, folder, tmp_path, monkeypatch, ca
         LmmsTask("squares", include=at, metric="acc", limit=1, python=python).measure(subject, seed=0)
 
 
-def test_lmms_eval_in_the_command_beside_other_tasks(python, folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("policies", [(), VICA], ids=["stock", "vica"])
+def test_lmms_eval_in_the_command_beside_other_tasks(python, folder, tmp_path, monkeypatch, capsys, policies):
+    """A checkpoint too that comes with its policies, such as ViCA."""
     at = folder(COLOURS)
     model, processor = cases.family("llava")
-    for part in (model, processor):
-        part.save_pretrained(tmp_path / "model")
+    sparing.save(model, tmp_path / "model", policies=list(policies), processor=processor)
     monkeypatch.chdir(tmp_path)
     task = json.dumps({"kind": "lmms", "task": "squares"})
     words = ["eval", "model", "--task", task, "--include", str(at), "--vlm-python", str(python), "--limit", "2"]
@@ -450,6 +454,8 @@ def test_lmms_eval_in_the_command_beside_other_tasks(python, folder, tmp_path, m
     assert "exact_match" in capsys.readouterr().out
     found = json.loads((tmp_path / "runs/eval/results.json").read_text())
     assert found["squares"]["figures"]["exact_match"]["n"] == 2
+    share = found["squares"]["figures"]["flops_share"]["value"]
+    assert share < 1 if policies else share == 1
 
 
 def test_stopping_stops_the_process(python, folder):

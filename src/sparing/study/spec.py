@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from sparing.checkpoint.registry import known_policies
 from sparing.evaluate.tasks import known_tasks
 from sparing.study.controls import Pairs, matched_controls
 from sparing.study.methods import UsePolicy, known_methods, method_maker
