@@ -62,8 +62,13 @@ class SceneBatches(Dataset):
         most = stage.most_objects(within)
         drawn = [self.world.draw(rng, "train", most) for _ in range(stage.rows)]
         weights = stage.weights or self.recipe.weights
-        asked = [self.world.questions(scene, rng, stage.questions, weights) for scene in drawn]
+        asked = [
+            self.world.questions(scene, rng, stage.questions, weights, distinct=stage.distinct) for scene in drawn
+        ]
         turns = rng.random() < stage.turns
+        if turns and not stage.distinct:
+            # A later turn would copy the answer.
+            asked = [list({question.text: question for question in row}.values()) for row in asked]
         batch = make_batch(drawn, asked, self.tokenizer, stage, rng, turns=turns, world=self.world)
         return batch._asdict()
 

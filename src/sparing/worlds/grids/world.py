@@ -96,31 +96,40 @@ class GridWorld(abc.ABC):
         return self.tasks[task](scene, rng)
 
     def questions(
-        self, scene: Any, rng: np.random.Generator, number: int, weights: Sequence[float] | None = None
+        self,
+        scene: Any,
+        rng: np.random.Generator,
+        number: int,
+        weights: Sequence[float] | None = None,
+        *,
+        distinct: bool = True,
     ) -> list[Question]:
         """Draws `number` questions about a scene, no two with the same text if it has enough of them.
+
+        Distinct questions shift the answers: of several counts in a scene the last are those of what it hardly holds.
 
         Args:
             scene: what is asked about.
             rng: where the draws come from.
             number: how many.
             weights: of the tasks, in their order; equal by default.
+            distinct: ask nothing twice; otherwise each question is drawn as if it were the only one.
         """
         tasks = list(self.tasks)
         shares = np.asarray(weights if weights is not None else [1.0] * len(tasks), dtype=float)
         order = rng.choice(len(tasks), size=4 * number, p=shares / shares.sum())
-        drawn: dict[str, Question] = {}
+        drawn: list[Question] = []
         repeated: list[Question] = []
+        asked: set[str] = set()
         for task in order:
             if len(drawn) == number:
                 break
             if (made := self.tasks[tasks[task]](scene, rng)) is not None:
-                if made.text in drawn:
-                    repeated.append(made)
-                drawn.setdefault(made.text, made)
+                (repeated if distinct and made.text in asked else drawn).append(made)
+                asked.add(made.text)
         while len(drawn) + len(repeated) < number:
             repeated.append(background(scene, rng))
-        return [*drawn.values(), *repeated][:number]
+        return [*drawn, *repeated][:number]
 
     def examples(self, split: Split, per_task: int, seed: int = 0, tasks: Sequence[str] | None = None) -> list[Example]:
         """Draws `per_task` questions of every task, each about a scene of its own, tasks in turn.
