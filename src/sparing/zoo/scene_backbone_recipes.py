@@ -30,6 +30,7 @@ _STAGES = (
         cooldown=0.7,
         floor=0.05,
         weights=(0.8, 0.8, 1.0, 2.5, 0.2, 0.3, 5.0, 1.8, 1.0, 2.5, 0.3),
+        distinct=False,
     ),
 )
 
