@@ -218,6 +218,25 @@ def test_packed_questions_differ_and_belong_to_their_scene(drawn):
             assert len({made.text for made in packed}) == 12
 
 
+def test_questions_that_may_repeat_have_the_answers_of_questions_asked_alone(drawn):
+    """Distinct ones do not: after the theme is counted, what is left is none and one."""
+    weights = [float(task == "count") for task in scenes.TASKS]
+
+    def counts(number, **how):
+        rng = np.random.default_rng(0)
+        asked = [question for scene in drawn for question in scenes.questions(scene, rng, number, weights, **how)]
+        assert {question.task for question in asked} <= {"count", "background"}
+        counted = Counter(question.answer for question in asked if question.task == "count")
+        return {answer: number / counted.total() for answer, number in counted.items()}
+
+    alone = counts(1)
+    repeated, distinct = counts(8, distinct=False), counts(8)
+    for answer, share in alone.items():
+        assert repeated[answer] == pytest.approx(share, abs=0.1), answer
+    assert distinct["three"] + distinct["four"] < 0.6 * (alone["three"] + alone["four"])
+    assert repeated["three"] + repeated["four"] > 0.8 * (alone["three"] + alone["four"])
+
+
 def test_same_seed_same_pictures_and_questions_in_another_process():
     code = (
         "from sparing.worlds import scenes; import sys, zlib; e = scenes.examples('test', 2, seed=5)[-3];"

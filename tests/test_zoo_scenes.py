@@ -17,7 +17,7 @@ from sparing.cli.zoo import zoo as commands
 from sparing.policies import ViCA
 from sparing.worlds import scenes
 from sparing.zoo.figures import wilson
-from sparing.zoo.scene_batches import IGNORED, SceneBatches, make_batch, normalise, positions_and_mask
+from sparing.zoo.scene_batches import IGNORED, SceneBatch, SceneBatches, make_batch, normalise, positions_and_mask
 from sparing.zoo.scene_card import answers, blind_guesser, scores, spoken_shares
 from sparing.zoo.scene_course import SceneCourse, task_shares
 from sparing.zoo.scene_recipe import Stage
@@ -198,6 +198,21 @@ def test_batches_depend_on_seed_and_index_alone(recipe, course):
     assert not torch.equal(one[last]["pixel_values"], other[last]["pixel_values"])
     with pytest.raises(IndexError):
         one[last + 1]
+
+
+def test_turns_never_ask_again_even_where_questions_may_repeat(recipe, course):
+    """A later turn would copy the answer from an earlier one."""
+    counts = tuple(float(task == "count") for task in scenes.TASKS)
+    stage = replace(stage_of(recipe, "tuning"), steps=1, rows=3, questions=8, weights=counts, distinct=False, turns=0.0)
+    asked = {}
+    for turns in (0.0, 1.0):
+        own = replace(recipe, stages=(replace(stage, turns=turns),))
+        batch = SceneBatch(**SceneBatches(own, course.processor.tokenizer, 0)[0])
+        words = course.processor.tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True)
+        asked[turns] = [[part.split()[-1] for part in row.split(" ?")[:-1]] for row in words]
+    assert any(len(set(row)) < len(row) for row in asked[0.0])
+    assert all(len(set(row)) == len(row) for row in asked[1.0])
+    assert [set(row) for row in asked[0.0]] == [set(row) for row in asked[1.0]]
 
 
 def test_training_pictures_are_what_the_processor_makes_of_them(course):

@@ -62,9 +62,7 @@ class SceneBatches(Dataset):
         most = stage.most_objects(within)
         drawn = [self.world.draw(rng, "train", most) for _ in range(stage.rows)]
         weights = stage.weights or self.recipe.weights
-        asked = [
-            self.world.questions(scene, rng, stage.questions, weights, distinct=stage.distinct) for scene in drawn
-        ]
+        asked = [self.world.questions(scene, rng, stage.questions, weights, distinct=stage.distinct) for scene in drawn]
         turns = rng.random() < stage.turns
         if turns and not stage.distinct:
             # A later turn would copy the answer.
