@@ -197,7 +197,7 @@ A scene in words: `{example.tell()}`
 - *tuning*: projector and language model, the encoder frozen, as in LLaVA's second stage.
 - *reading*: the language model alone.
 - Questions packed into a row do not see each other (in {recipe.stages[-1].turns:.0%} of the last stage's batches they do, as turns of
-  one chat); only answers have a loss. Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
+  one chat); only answers have a loss. {_repeats(recipe)}Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
 - AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; {precision};
   seed {seed}.
 - {figures.seconds / 60:.1f} minutes of wall-clock time on {machine_words(hardware)};
@@ -239,6 +239,15 @@ def _of_words(figures: Figures) -> str:
         f"Someone who reads one letter of a spelled word and guesses the rest is right in {single_patch_share():.1%};\n"
         f"the model's interval is {low:.1%} to {high:.1%}.\n\n"
     )
+
+
+def _repeats(recipe: SceneRecipe) -> str:
+    """Whether answers were as frequent in training as in tests."""
+    last = sum(not stage.distinct for stage in recipe.stages)
+    if not last:
+        return ""
+    return f"""Those of a row differ, but in the last {last} stages, which draw
+  each as if it were asked alone: distinct ones make large counts rarer than they are in tests. """
 
 
 def _sizes(config: Mapping[str, Any]) -> str:
