@@ -197,8 +197,8 @@ A scene in words: `{example.tell()}`
 - *tuning*: projector and language model, the encoder frozen, as in LLaVA's second stage.
 - *reading*: the language model alone.
 - Questions packed into a row do not see each other (in {recipe.stages[-1].turns:.0%} of the last stage's batches they do, as turns of
-  one chat); only answers have a loss. {_repeats(recipe)}Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
-- AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; {precision};
+  one chat); only answers have a loss. Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
+{_repeats(recipe)}- AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; {precision};
   seed {seed}.
 - {figures.seconds / 60:.1f} minutes of wall-clock time on {machine_words(hardware)};
   torch {torch.__version__}, transformers {transformers.__version__}.
@@ -246,8 +246,9 @@ def _repeats(recipe: SceneRecipe) -> str:
     last = sum(not stage.distinct for stage in recipe.stages)
     if not last:
         return ""
-    return f"""Those of a row differ, but in the last {last} stages, which draw
-  each as if it were asked alone: distinct ones make large counts rarer than they are in tests. """
+    return f"""- Questions of a row differ, but in the last {last} stages, which draw each as if it were asked alone: distinct ones make large
+  counts rarer than they are in tests.
+"""
 
 
 def _sizes(config: Mapping[str, Any]) -> str:
