@@ -246,8 +246,8 @@ def _repeats(recipe: SceneRecipe) -> str:
     last = sum(not stage.distinct for stage in recipe.stages)
     if not last:
         return ""
-    return f"""- Questions of a row differ, but in the last {last} stages, which draw each as if it were asked alone: distinct ones make large
-  counts rarer than they are in tests.
+    return f"""- Questions of a row differ, but in the last {last} stages, which draw each as if it were asked alone: distinct ones
+  make large counts rarer than they are in tests.
 """
 
 
