@@ -260,6 +260,17 @@ SCENES_LLAVA = SceneRecipe(
             weights=(0.7, 0.8, 1.4, 2.4, 0.2, 0.3, 5.0, 1.5, 1.0, 3.0, 0.3),
             distinct=False,
         ),
+        Stage(
+            goal="reading",
+            steps=800,
+            rows=6,
+            questions=16,
+            lr=1e-3,
+            cooldown=0.8,
+            turns=0.1,
+            weights=(0.5, 0.6, 1.2, 2.0, 0.1, 0.2, 7.0, 1.2, 0.8, 2.6, 0.2),
+            distinct=False,
+        ),
     ),
     # shape colour letter cell background behind count relation point word blind
     weights=(1.0, 0.8, 2.5, 1.5, 0.2, 0.3, 1.5, 2.5, 2.0, 3.0, 0.3),
