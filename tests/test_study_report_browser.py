@@ -116,7 +116,8 @@ def test_a_value_tells_how_it_came_out_against_its_control(page):
     assert page.locator("dialog .one").count() == 4
     assert page.locator("dialog .one[open]").count() == 1
     page.locator("dialog .one summary", has_text="seed 2").first.click()
-    assert "method.with.budget" in page.locator("dialog .one").last.inner_text()
+    # What a cell holds is written once it is open, a moment after the click.
+    page.locator("dialog .one").last.get_by_text("method.with.budget").first.wait_for(timeout=10_000)
 
 
 def test_points_tell_what_they_are_to_pointer_and_keyboard(page):
