@@ -117,6 +117,12 @@ class SceneRecipe(Recipe):
         return replace(self, config=MappingProxyType(config), stages=stages)
 
 
+# Progress goes by the step rather than by the question in words: small steps are cheaper.
+_WORDS = Stage(goal="words", steps=1500, rows=8, questions=8, lr=1.5e-3, bare=(1, 30))
+_TUNING = Stage(goal="tuning", steps=1000, rows=6, questions=12, lr=6e-4, turns=0.1)
+# With the projector fixed too, the language model bears a higher rate.
+_READING = replace(_TUNING, goal="reading", lr=1e-3)
+
 SCENES_LLAVA = SceneRecipe(
     name="scenes-llava",
     summary="A LLaVA with a three-layer CLIP-style encoder and an eight-layer Llama that answers questions about small pictures.",
@@ -152,19 +158,9 @@ SCENES_LLAVA = SceneRecipe(
     ),
     stages=(
         Stage(goal="patches", steps=500, rows=32, questions=1, lr=2e-3),
-        # Progress goes by the step rather than by the question here: small steps are cheaper.
-        Stage(goal="words", steps=1500, rows=8, questions=8, lr=1.5e-3, cooldown=0.0, growing=300, bare=(1, 30)),
+        replace(_WORDS, steps=1500, cooldown=0.0, growing=300),
         # What is known by now makes room for places, relations and counts.
-        Stage(
-            goal="words",
-            steps=2500,
-            rows=8,
-            questions=8,
-            lr=1.5e-3,
-            cooldown=0.4,
-            bare=(1, 30),
-            weights=(0.5, 1.2, 0.8, 2.0, 0.1, 0.2, 3.0, 3.0, 2.5, 2.2, 0.2),
-        ),
+        replace(_WORDS, steps=2500, cooldown=0.4, weights=(0.5, 1.2, 0.8, 2.0, 0.1, 0.2, 3.0, 3.0, 2.5, 2.2, 0.2)),
         Stage(
             goal="bridge",
             steps=1000,
@@ -174,100 +170,41 @@ SCENES_LLAVA = SceneRecipe(
             growing=300,
             weights=(1.0, 1.0, 1.2, 1.0, 0.5, 0.5, 1.0, 1.0, 1.0, 1.2, 0.1),
         ),
-        Stage(
-            goal="tuning",
+        replace(
+            _TUNING,
             steps=1200,
-            rows=6,
-            questions=12,
-            lr=6e-4,
             cooldown=0.2,
             floor=0.5,
-            turns=0.1,
             weights=(0.8, 0.8, 1.0, 3.0, 0.3, 0.4, 4.0, 1.6, 1.2, 2.5, 0.4),
         ),
-        # With the projector fixed too, the language model bears a higher rate.
-        Stage(
-            goal="reading",
-            steps=1200,
-            rows=6,
-            questions=12,
-            lr=1e-3,
-            cooldown=0.5,
-            turns=0.1,
-            weights=(0.8, 0.8, 0.9, 4.0, 0.2, 0.3, 4.0, 1.5, 0.8, 2.5, 0.4),
-        ),
+        replace(_READING, steps=1200, cooldown=0.5, weights=(0.8, 0.8, 0.9, 4.0, 0.2, 0.3, 4.0, 1.5, 0.8, 2.5, 0.4)),
         # Counts and words are learnt last.
-        Stage(
-            goal="reading",
-            steps=900,
-            rows=6,
-            questions=12,
-            lr=1e-3,
-            cooldown=0.6,
-            turns=0.1,
-            weights=(0.6, 0.6, 0.8, 2.5, 0.1, 0.2, 6.0, 1.5, 0.8, 3.5, 0.2),
-        ),
+        replace(_READING, steps=900, cooldown=0.6, weights=(0.6, 0.6, 0.8, 2.5, 0.1, 0.2, 6.0, 1.5, 0.8, 3.5, 0.2)),
         # Counting is told in words once more: what is learnt of it there, cheaply, is what pictures can bring out.
-        Stage(
-            goal="words",
-            steps=2000,
-            rows=8,
-            questions=8,
-            lr=1.5e-3,
-            cooldown=0.7,
-            bare=(1, 30),
-            weights=(0.5, 0.7, 0.6, 1.0, 0.1, 0.2, 6.0, 2.5, 1.0, 2.0, 0.2),
-        ),
-        Stage(
-            goal="tuning",
-            steps=1000,
-            rows=6,
-            questions=12,
-            lr=6e-4,
-            cooldown=0.7,
-            turns=0.1,
-            weights=(0.8, 0.8, 1.0, 2.0, 0.2, 0.3, 5.0, 1.8, 1.0, 2.5, 0.3),
-        ),
-        Stage(
-            goal="words",
+        replace(_WORDS, steps=2000, cooldown=0.7, weights=(0.5, 0.7, 0.6, 1.0, 0.1, 0.2, 6.0, 2.5, 1.0, 2.0, 0.2)),
+        replace(_TUNING, steps=1000, cooldown=0.7, weights=(0.8, 0.8, 1.0, 2.0, 0.2, 0.3, 5.0, 1.8, 1.0, 2.5, 0.3)),
+        replace(
+            _WORDS,
             steps=1600,
-            rows=8,
-            questions=8,
             lr=1.2e-3,
             cooldown=0.8,
-            bare=(1, 30),
             weights=(0.4, 0.6, 0.5, 1.2, 0.1, 0.2, 6.0, 2.0, 0.8, 2.5, 0.2),
         ),
-        Stage(
-            goal="tuning",
-            steps=900,
-            rows=6,
-            questions=12,
-            lr=6e-4,
-            cooldown=0.8,
-            turns=0.1,
-            weights=(0.7, 0.8, 1.2, 2.0, 0.2, 0.3, 5.0, 1.5, 1.0, 3.0, 0.3),
-        ),
+        replace(_TUNING, steps=900, cooldown=0.8, weights=(0.7, 0.8, 1.2, 2.0, 0.2, 0.3, 5.0, 1.5, 1.0, 3.0, 0.3)),
         # Distinct questions had made three and four rarer than they are in tests: the model answered one too few.
-        Stage(
-            goal="tuning",
+        replace(
+            _TUNING,
             steps=600,
-            rows=6,
-            questions=12,
             lr=5e-4,
             cooldown=0.9,
-            turns=0.1,
             weights=(0.7, 0.8, 1.4, 2.4, 0.2, 0.3, 5.0, 1.5, 1.0, 3.0, 0.3),
             distinct=False,
         ),
-        Stage(
-            goal="reading",
+        replace(
+            _READING,
             steps=800,
-            rows=6,
             questions=16,
-            lr=1e-3,
             cooldown=0.8,
-            turns=0.1,
             weights=(0.5, 0.6, 1.2, 2.0, 0.1, 0.2, 7.0, 1.2, 0.8, 2.6, 0.2),
             distinct=False,
         ),
