@@ -33,6 +33,13 @@ CONFIGS = (
 """Where a checkpoint can ask to run code that comes with it (`auto_map`)."""
 WITHOUT_SDPA = ("gemma2",)
 """Families that transformers before 5.21 gives SDPA by default, though it leaves their score cap out."""
+OURS = {
+    "attn_implementation": "attention=",
+    "torch_dtype": "dtype=",
+    "use_safetensors": "nothing, pickles are never read",
+    "output_loading_info": "nothing, weights that do not fit are refused",
+}
+"""Arguments of `from_pretrained` that `load` sets itself, and what to give instead."""
 PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -63,8 +70,10 @@ def load(
 
     Raises:
         ValueError: no such path, no config, an unknown or encoder-only model, pickled or corrupt or unfitting weights, code of
-            its own that nobody allowed.
+            its own that nobody allowed, an argument of `from_pretrained` that is set here.
     """
+    if taken := next((name for name in OURS if name in kwargs), None):
+        raise ValueError(f"{taken} is set by sparing.load: give {OURS[taken]}")
     path, trust = str(path), bool(trust_remote_code)
     refuse_remote_code(path, trust_remote_code, kwargs)
     text_only = _is_text_model(path, trust, kwargs)
