@@ -84,7 +84,7 @@ def test_refuses_unknown_models(tmp_path, checkpoint):
 
 
 def test_refuses_unfitting_weights(tmp_path, checkpoint):
-    """Truncated and corrupt files; tensors missing, extra or of another shape; an unknown precision."""
+    """Truncated and corrupt files; tensors missing, extra or of another shape; unknown precision; arguments under another name."""
     refuses(checkpoint, "unknown dtype", "bfloat16", dtype="int3")
     refuses(checkpoint, "give attention=", attn_implementation="eager")
     whole = (checkpoint / "model.safetensors").read_bytes()

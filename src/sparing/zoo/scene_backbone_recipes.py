@@ -64,7 +64,7 @@ SCENES_INTERNVL = replace(
     stages=(
         replace(_STAGES[0], steps=600, rows=12),
         *_STAGES[1:],
-        # Places and relations had not been learnt: asked for more, with few patches told, they are.
+        # Places and relations had not been learnt. Asked for more, with few objects at first, places are; relations hardly.
         replace(
             _TOLD,
             steps=1500,
