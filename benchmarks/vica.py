@@ -16,6 +16,8 @@ half each), stock Hugging Face on the whole prompt, and on its text alone, which
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import statistics
 import time
@@ -198,42 +200,60 @@ def training(setting: Setting, rounds: int) -> dict[str, float]:
 def grid(
     decoder, reading: list[int], batches: list[int], pictures: list[int], rounds: int, steps: int, encoder: dict
 ) -> dict:
-    """Milliseconds of encoder, prefill, a decoded token, and a whole answer, for each method, number of questions and tokens."""
+    """Milliseconds of encoder, prefill, a decoded token, and a whole answer, for each method, number of questions and tokens.
+
+    Rounds are those at one question: many questions take fewer. What the device has no memory for says so, and the rest goes on.
+    """
     depth = len(decoder.model.layers)
     stages = [depth // 4, depth // 2, 3 * depth // 4]
     methods = {"vica": ViCA(reading), "fastv": FastV(2, 0.5), "pyramid_drop": PyramidDrop(stages, 0.5)}
     out = {}
-    for visual in pictures:
-        for batch in batches:
-            setting = Setting(decoder, reading, batch, visual, encoder=encoder)
-            arms: dict[str, Callable[[], object]] = {
-                "encoder": lambda s=setting: s.model.get_image_features(s.one["pixel_values"]),
-                "dense": setting.dense,
-                "text": setting.alone,
-                **{name: setting.following(policy) for name, policy in methods.items()},
-                "second": setting.second,
-            }
-            once = {name: 1000 * statistics.median(took) for name, took in interleave(arms, rounds).items()}
-            answers = {name: answer(setting, name, methods, steps) for name in arms if name != "encoder"}
-            decode: dict[str, list[float]] = {name: [] for name in answers}
-            whole: dict[str, list[float]] = {name: [] for name in answers}
-            with torch.no_grad():
-                for round_ in range(rounds + 1):
-                    for name, run in answers.items():
-                        first, each = run()
-                        if round_:
-                            decode[name].append(1000 * each)
-                            # The text has no picture, and for a second question it was encoded before.
-                            seen = 0 if name in ("text", "second") else once["encoder"]
-                            whole[name].append(seen + 1000 * (first + steps * each))
-            out[f"v{visual}_b{batch}"] = {
-                "encoder_ms": once.pop("encoder"),
-                "prefill_ms": once,
-                "decode_ms_a_token": {name: statistics.median(took) for name, took in decode.items()},
-                "end_to_end_ms": {name: statistics.median(took) for name, took in whole.items()},
-            }
-            print(f"{visual} visual tokens, {batch} questions: done", flush=True)
+    for visual, batch in itertools.product(pictures, batches):
+        name = f"v{visual}_b{batch}"
+        try:
+            out[name] = cell(
+                Setting(decoder, reading, batch, visual, encoder=encoder), methods, max(3, rounds // batch), steps
+            )
+        except torch.OutOfMemoryError:
+            out[name] = {"out_of_memory": True}
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+        print(
+            f"{visual} visual tokens, {batch} questions: {'no room' if 'out_of_memory' in out[name] else 'done'}",
+            flush=True,
+        )
     return out
+
+
+def cell(setting: Setting, methods: dict, rounds: int, steps: int) -> dict[str, float | dict[str, float]]:
+    """One cell of the grid."""
+    arms: dict[str, Callable[[], object]] = {
+        "encoder": lambda: setting.model.get_image_features(setting.one["pixel_values"]),
+        "dense": setting.dense,
+        "text": setting.alone,
+        **{name: setting.following(policy) for name, policy in methods.items()},
+        "second": setting.second,
+    }
+    once = {name: 1000 * statistics.median(took) for name, took in interleave(arms, rounds).items()}
+    answers = {name: answer(setting, name, methods, steps) for name in arms if name != "encoder"}
+    decode: dict[str, list[float]] = {name: [] for name in answers}
+    whole: dict[str, list[float]] = {name: [] for name in answers}
+    with torch.no_grad():
+        for round_ in range(rounds + 1):
+            for name, run in answers.items():
+                first, each = run()
+                if round_:
+                    decode[name].append(1000 * each)
+                    # The text has no picture, and for a second question it was encoded before.
+                    seen = 0 if name in ("text", "second") else once["encoder"]
+                    whole[name].append(seen + 1000 * (first + steps * each))
+    return {
+        "encoder_ms": once.pop("encoder"),
+        "prefill_ms": once,
+        "decode_ms_a_token": {name: statistics.median(took) for name, took in decode.items()},
+        "end_to_end_ms": {name: statistics.median(took) for name, took in whole.items()},
+    }
 
 
 def answer(setting: Setting, name: str, methods: dict, steps: int) -> Callable[[], tuple[float, float]]:

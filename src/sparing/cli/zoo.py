@@ -38,6 +38,9 @@ def train_model(
     seed: Seed = 0,
     device: Device = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; PyTorch's choice.")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="Processes that make batches ahead; 4 on a GPU, else 0.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder of real pictures, for real-scenes-llava; see docs/zoo.md.")
     ] = None,
@@ -61,10 +64,21 @@ def train_model(
     config |= {"data": str(data)} if data else {}
     with RunRecord(folder, config=config, seed=seed) as record:
         where = device_of(device)
-        model = train(recipe, folder, seed=seed, device=where.type, threads=threads, data=data, fresh=not resume)
+        if workers is None:
+            workers = 0 if where.type == "cpu" else 4
+        model = train(
+            recipe,
+            folder,
+            seed=seed,
+            device=where.type,
+            threads=threads,
+            workers=workers,
+            data=data,
+            fresh=not resume,
+        )
         figures = measure(recipe, model, per_task=5 if shrink else 400, seconds=training_seconds(folder), data=data)
         record.figures.update(asdict(figures))
-        write_card(recipe, model, figures, hardware=environment()["hardware"], seed=seed, data=data)
+        write_card(recipe, model, figures, environment=environment(), seed=seed, data=data)
     typer.echo(f"trained: {model}")
 
 

@@ -19,8 +19,11 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that results depend on."""
-    packages = ("sparing", "torch", "transformers")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    from sparing import __version__
+
+    # Not asked of its metadata: it also runs from a checkout that is not installed.
+    own = {"python": platform.python_version(), "sparing": __version__}
+    return own | {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
 def hardware() -> dict[str, Any]:

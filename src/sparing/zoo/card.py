@@ -33,15 +33,15 @@ def write_card(
     folder: Path,
     figures: Figures,
     *,
-    hardware: Mapping[str, Any],
+    environment: Mapping[str, Any],
     seed: int,
     data: Path | None = None,
 ) -> None:
     """Writes `README.md`, the model card, into the folder of a trained model."""
     if isinstance(recipe, TextRecipe):
-        text = text_card.card(recipe, figures, hardware=hardware, seed=seed)
+        text = text_card.card(recipe, figures, environment=environment, seed=seed)
     elif isinstance(recipe, SceneRecipe):
-        text = scene_card.card(recipe, figures, hardware=hardware, seed=seed, world=world_of(recipe, data))
+        text = scene_card.card(recipe, figures, environment=environment, seed=seed, world=world_of(recipe, data))
     else:
         raise _unknown(recipe)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -81,8 +81,9 @@ def training_seconds(run: Path) -> float:
     return json.loads((run / LOG).read_text().splitlines()[-1])["seconds"]
 
 
-def machine_words(hardware: Mapping[str, Any]) -> str:
-    """The machine of a run in words, from what `run.json` holds of it."""
-    gpus = hardware["gpus"]
-    threads = hardware["threads"]
-    return gpus[0] if gpus else f"{threads} thread{'s' if threads > 1 else ''} of {hardware['cpu']} (CPU)"
+def machine_words(environment: Mapping[str, Any]) -> str:
+    """The machine of a run and its versions in words, from what `run.json` holds of them."""
+    hardware, versions = environment["hardware"], environment["versions"]
+    gpus, threads = hardware["gpus"], hardware["threads"]
+    machine = gpus[0] if gpus else f"{threads} thread{'s' if threads > 1 else ''} of {hardware['cpu']} (CPU)"
+    return f"{machine};\n  torch {versions['torch']}, transformers {versions['transformers']}"

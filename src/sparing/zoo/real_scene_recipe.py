@@ -3,7 +3,7 @@
 from dataclasses import replace
 from types import MappingProxyType
 
-from sparing.zoo.scene_recipe import SCENES_LLAVA, Stage
+from sparing.zoo.scene_recipe import DECODER, SCENES_LLAVA, SMALL_STEPS, Stage
 
 
 def _weights(drawn: tuple[float, ...]) -> tuple[float, ...]:
@@ -36,9 +36,9 @@ REAL_SCENES_LLAVA = replace(
                 "patch_size": 16,
                 "projection_dim": 192,
             },
+            "text_config": {**DECODER, "model_type": "llama"},
         }
     ),
-    # Those that scenes-llava counts once more in have not been tried here.
-    stages=tuple(_stage(drawn) for drawn in SCENES_LLAVA.stages[:7]),
+    stages=tuple(_stage(drawn) for drawn in SMALL_STEPS),
     weights=_weights(SCENES_LLAVA.weights),
 )

@@ -2,34 +2,27 @@
 
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
-from sparing.zoo.scene_recipe import SCENES_LLAVA
+from sparing.zoo.scene_recipe import DECODER, SCENES_LLAVA, SMALL_STEPS
 
-_VISION, _TEXT = SCENES_LLAVA.config["vision_config"], SCENES_LLAVA.config["text_config"]
-
-
-def _decoder(model_type: str, **more: Any) -> dict[str, Any]:
-    """The decoder of `scenes-llava` as another family has it."""
-    return {**_TEXT, "model_type": model_type, **more}
-
+_VISION = SCENES_LLAVA.config["vision_config"]
 
 # More is learnt from words, which are cheap, and counts among them; pictures then take fewer steps than scenes-llava's.
 _TOLD = replace(
-    SCENES_LLAVA.stages[2],
+    SMALL_STEPS[2],
     steps=4500,
     cooldown=0.5,
     weights=(0.5, 1.0, 0.8, 2.0, 0.1, 0.2, 5.0, 3.0, 2.0, 2.2, 0.2),
 )
 _SEEN = replace(
-    SCENES_LLAVA.stages[4],
+    SMALL_STEPS[4],
     steps=1300,
     cooldown=0.7,
     floor=0.05,
     weights=(0.8, 0.8, 1.0, 2.5, 0.2, 0.3, 5.0, 1.8, 1.0, 2.5, 0.3),
     distinct=False,
 )
-_STAGES = (*SCENES_LLAVA.stages[:2], _TOLD, replace(SCENES_LLAVA.stages[3], steps=800), _SEEN)
+_STAGES = (*SMALL_STEPS[:2], _TOLD, replace(SMALL_STEPS[3], steps=800), _SEEN)
 
 SCENES_ONEVISION = replace(
     SCENES_LLAVA,
@@ -48,9 +41,14 @@ SCENES_ONEVISION = replace(
                 "model_type": "siglip_vision_model",
                 "vision_use_head": False,
             },
-            "text_config": _decoder(
-                "qwen2", hidden_size=128, intermediate_size=344, num_attention_heads=4, num_key_value_heads=2
-            ),
+            "text_config": {
+                **DECODER,
+                "model_type": "qwen2",
+                "hidden_size": 128,
+                "intermediate_size": 344,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+            },
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
             "vision_aspect_ratio": "anyres_max_9",
@@ -88,7 +86,7 @@ SCENES_INTERNVL = replace(
                 "image_size": 80,
                 "patch_size": 4,
             },
-            "text_config": _decoder("qwen3", head_dim=32),
+            "text_config": {**DECODER, "model_type": "qwen3", "head_dim": 32},
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "default",
             "downsample_ratio": 0.5,

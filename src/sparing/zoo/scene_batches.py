@@ -43,6 +43,10 @@ class SceneBatch(NamedTuple):
     segments: Int[Tensor, "b t"]
     targets: Int[Tensor, "b t"]
 
+    def to(self, device: torch.device) -> "SceneBatch":
+        """The same on a device."""
+        return SceneBatch(self.goal, *(part.to(device) for part in self[1:]))
+
 
 class SceneBatches(Dataset):
     """The batches of a run; batch i depends on the seed and on i alone, so that a resumed run sees the same."""
@@ -145,8 +149,7 @@ def positions_and_mask(
         around: how many tokens stand before the picture, `<bos>` among them, and how many right behind it.
     """
     rows, length = segments.shape
-    before, behind = (torch.arange(many).expand(rows, -1) for many in around)
-    place = torch.arange(length).expand(rows, -1)
+    before, behind, place = (torch.arange(many, device=tokens.device).expand(rows, -1) for many in (*around, length))
     starts = torch.where(segments != torch.nn.functional.pad(segments, (1, -1)), place, 0).cummax(1).values
     first, stop = around[0], around[0] + number
     positions = torch.cat([before, tokens.clamp(min=0) + first, behind + stop, place - starts + stop + around[1]], 1)
@@ -154,7 +157,7 @@ def positions_and_mask(
     owner = torch.cat(
         [before * 0, torch.where(tokens < 0, -1, 0), behind * 0, torch.where(segments > 0, segments, -1)], 1
     )
-    causal = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool).tril()
+    causal = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool, device=tokens.device).tril()
     sees = causal & ((owner[:, None] == 0) | ((owner[:, None] == owner[:, :, None]) & (owner[:, None] > 0)))
     # A padded row that sees nothing would give NaN; the first token is harmless.
     sees[:, :, 0] = True

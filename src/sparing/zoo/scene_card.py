@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from sparing.anatomy import ask
 from sparing.checkpoint import load
@@ -19,7 +18,7 @@ from sparing.worlds.grids.words import NOTHING
 from sparing.worlds.scenes import WORLD as SCENES
 from sparing.worlds.scenes import single_patch_share
 from sparing.zoo.figures import TEST_SEED, Figures, Score, by_difficulty, machine_words
-from sparing.zoo.precision import mixed
+from sparing.zoo.precision import in_words
 from sparing.zoo.scene_eyes import eyes_of
 from sparing.zoo.scene_recipe import ANSWERING, SceneRecipe, Stage
 
@@ -127,7 +126,7 @@ def measure(folder: Path, *, per_task: int, seconds: float, world: GridWorld = S
 
 
 def card(
-    recipe: SceneRecipe, figures: Figures, *, hardware: Mapping[str, Any], seed: int, world: GridWorld = SCENES
+    recipe: SceneRecipe, figures: Figures, *, environment: Mapping[str, Any], seed: int, world: GridWorld = SCENES
 ) -> str:
     """Writes the model card."""
     rows = []
@@ -144,7 +143,7 @@ def card(
     ]
     spoken += [f"| kind, {group} only | {figures.more[f'spoken {group} kind']:.1%} | – |" for group in world.groups]
     stages = [_stage_row(stage) for stage in recipe.stages]
-    precision = "bf16 autocast over fp32 weights" if mixed("cuda" if hardware["gpus"] else "cpu") else "fp32"
+    precision = in_words(environment)
     eyes, vision, text = eyes_of(recipe, world), recipe.config["vision_config"], recipe.config["text_config"]
     side, decoder = vision["image_size"], text["model_type"].capitalize()
     per_task = next(iter(figures.scores.values())).total
@@ -200,8 +199,7 @@ A scene in words: `{example.tell()}`
   one chat); only answers have a loss. Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
 {_repeats(recipe)}- AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; {precision};
   seed {seed}.
-- {figures.seconds / 60:.1f} minutes of wall-clock time on {machine_words(hardware)};
-  torch {torch.__version__}, transformers {transformers.__version__}.
+- {figures.seconds / 60:.1f} minutes of wall-clock time on {machine_words(environment)}.
 
 ## Figures
 

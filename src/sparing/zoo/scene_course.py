@@ -72,10 +72,11 @@ class SceneStudent(nn.Module):
         rows, number = len(batch.cells), self.eyes.number
         if batch.goal == "words":
             picture = self.summed(batch.cell_words)
-            tokens = torch.where(batch.cells < 0, -1, self.eyes.places()[batch.cells.clamp(min=0)])
+            places = self.eyes.places().to(batch.cells.device)
+            tokens = torch.where(batch.cells < 0, -1, places[batch.cells.clamp(min=0)])
         else:
             picture = self.projected(batch.pixel_values, batch.goal)
-            tokens = torch.arange(number).expand(rows, -1)
+            tokens = torch.arange(number, device=batch.cells.device).expand(rows, -1)
         before, behind = (embed(ids.to(batch.input_ids.device)).expand(rows, -1, -1) for ids in self.around)
         given = torch.cat([before, picture.to(before.dtype), behind, embed(batch.input_ids)], 1)
         around = before.shape[1], behind.shape[1]
@@ -132,8 +133,8 @@ def _frozen(*modules: nn.Module, when: bool) -> Iterator[None]:
 def task_shares(student: SceneStudent, batch: SceneBatch, tasks: list[str]) -> dict[str, float]:
     """The share of rows, by task, whose every answer word is the likeliest one (one question a row)."""
     logits, right = student.answer_logits(batch)
-    hit = (logits.argmax(-1) == right) | (right == student.eos)
-    row = (batch.targets != IGNORED).nonzero()[:, 0]
+    hit = ((logits.argmax(-1) == right) | (right == student.eos)).cpu()
+    row = (batch.targets != IGNORED).nonzero()[:, 0].cpu()
     whole = torch.ones(len(tasks), dtype=torch.bool)
     whole[row[~hit]] = False
     total, good = Counter(tasks), Counter(task for task, ok in zip(tasks, whole.tolist(), strict=True) if ok)
@@ -167,6 +168,7 @@ class SceneCourse(Course):
         batch, tasks = validation_batch(
             "validation", self.recipe.watched, self.processor.tokenizer, stage, world=self.world
         )
+        batch = batch.to(self.model.device)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed):
             shares = task_shares(self.trained, batch, tasks)
         return {task: round(share, 3) for task, share in shares.items()}

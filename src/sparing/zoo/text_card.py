@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparing.worlds import arithmetic
 from sparing.worlds.arithmetic import Example
 from sparing.zoo.figures import TEST_SEED, Figures, Score, by_difficulty, machine_words
+from sparing.zoo.precision import in_words
 from sparing.zoo.text_recipe import TextRecipe
 
 
@@ -71,7 +71,7 @@ def measure(folder: Path, *, per_task: int, seconds: float) -> Figures:
     )
 
 
-def card(recipe: TextRecipe, figures: Figures, *, hardware: Mapping[str, Any], seed: int) -> str:
+def card(recipe: TextRecipe, figures: Figures, *, environment: Mapping[str, Any], seed: int) -> str:
     """Writes the model card."""
     rows = []
     for task, score in figures.scores.items():
@@ -118,10 +118,9 @@ need different computations, so that removing one module hurts them differently.
 - {recipe.steps:,} steps of {recipe.batch * recipe.length:,} tokens,
   {recipe.steps * recipe.batch * recipe.length:,} tokens in all; seed {seed}.
 - AdamW, peak learning rate {recipe.lr:g}, {recipe.warmup} steps of warm-up, then cosine to zero; weight
-  decay {recipe.weight_decay:g}; bf16 autocast over fp32 weights; tokens of questions weigh
+  decay {recipe.weight_decay:g}; {in_words(environment)}; tokens of questions weigh
   {recipe.prompt_weight:g} in the loss.
-- {figures.seconds / 60:.1f} minutes of wall-clock time on {machine_words(hardware)};
-  torch {torch.__version__}, transformers {transformers.__version__}.
+- {figures.seconds / 60:.1f} minutes of wall-clock time on {machine_words(environment)}.
 
 ## Figures
 

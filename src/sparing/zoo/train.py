@@ -1,4 +1,4 @@
-"""Trains a zoo model from its recipe, on the CPU, resumable at any step."""
+"""Trains a zoo model from its recipe, on a CPU or a GPU, resumable at any step."""
 
 import json
 import shutil
@@ -46,6 +46,7 @@ def train(
     seed: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    workers: int = 0,
     data: Path | None = None,
     fresh: bool = False,
     checkpoint_every: int = 250,
@@ -54,7 +55,7 @@ def train(
     """Trains the recipe, or goes on from the last whole checkpoint in `out`.
 
     Ctrl-C and SIGTERM end the run after the current step with a checkpoint. A run that was interrupted and
-    resumed gives the same weights, bit for bit, as one that was not (same machine, device and threads).
+    resumed gives the same weights as one that was not; on a CPU bit for bit (same machine and threads).
 
     Args:
         recipe: what to train.
@@ -62,6 +63,7 @@ def train(
         seed: of weights and data; the recipe's by default.
         device: `cpu` or `cuda`.
         threads: CPU threads; PyTorch's choice by default.
+        workers: processes that make batches ahead of the training; a GPU waits for its data otherwise. The batches are the same.
         data: folder of real pictures, for a recipe whose world is made of them.
         fresh: start again although `out` holds checkpoints.
         checkpoint_every: steps between checkpoints.
@@ -86,6 +88,8 @@ def train(
     _claim(out, recipe, seed, resuming=checkpoint is not None)
     course = course_of(recipe, seed, data)
     course.mixed = mixed(device)
+    if device != "cpu":
+        torch.set_float32_matmul_precision("high")
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=recipe.total_steps,
@@ -104,6 +108,7 @@ def train(
         logging_steps=min(20, max(1, recipe.total_steps // 8)),
         report_to=[],
         remove_unused_columns=False,
+        dataloader_num_workers=workers,
         disable_tqdm=not bar,
     )
     log = JsonLog(out / LOG, kept=step_of(checkpoint) if checkpoint else 0)
