@@ -255,8 +255,16 @@ def main() -> None:
             dtype, kv_heads, rounds, steps, SHAPE, "cpu", quick=options.quick, batches=tuple(options.batches)
         )
         print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        keep(runs, begin, options)
     figures = keys(runs, max(forced_difference(SHAPE, kv, "cpu") for kv in (16, 4)))
     finish(figures, REACH, runs, begin, options)
+
+
+def keep(runs: dict, begin: float, options) -> None:
+    """Write what is measured so far beside the JSON to come, `NAME.part.json`: a lent machine can go before the last figure."""
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json.with_suffix(".part.json"), _record(runs, begin, options))
 
 
 def finish(figures: dict[str, float], reach: dict, runs: dict, begin: float, options) -> None:
@@ -269,12 +277,14 @@ def finish(figures: dict[str, float], reach: dict, runs: dict, begin: float, opt
         print(f"{name:32} {value:10.4g}  {sign} {'' if bound is None else bound:<6} {reached}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        seconds = round(time.perf_counter() - begin, 1)
-        record = {"benchmark": Path(sys.argv[0]).stem, "quick": options.quick, "seconds": seconds}
-        write_json(
-            options.json,
-            {**record, "figures": figures, "runs": runs, "date": time.strftime("%Y-%m-%d"), **environment()},
-        )
+        write_json(options.json, {"figures": figures, **_record(runs, begin, options)})
+        options.json.with_suffix(".part.json").unlink(missing_ok=True)
+
+
+def _record(runs: dict, begin: float, options) -> dict:
+    seconds = round(time.perf_counter() - begin, 1)
+    record = {"benchmark": Path(sys.argv[0]).stem, "quick": options.quick, "seconds": seconds}
+    return {**record, "runs": runs, "date": time.strftime("%Y-%m-%d"), **environment()}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ READING = {32: [0, 1, 7, 8, 9, 10, 11, 14], 8: [0, 3]}
 def options_of(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, str]:
     """Read the options that benchmarks on a GPU share, beside the parser's own; and the device. Ends where there is no GPU."""
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--shrink", action="store_true", help="a toy shape, also without a GPU")
     options = parser.parse_args()
     options.quick = options.shrink
@@ -43,9 +43,10 @@ def main() -> None:
     begin = time.perf_counter()
     kv_heads = [shape["heads"]] if options.shrink else [shape["heads"], 8]
     rounds = 3 if options.shrink else options.rounds
-    runs = {
-        f"bf16_kv{kv}": engine.measure(torch.bfloat16, kv, rounds, 32, shape, device, quick=False) for kv in kv_heads
-    }
+    runs = {}
+    for kv in kv_heads:
+        runs[f"bf16_kv{kv}"] = engine.measure(torch.bfloat16, kv, rounds, 32, shape, device, quick=False)
+        engine.keep(runs, begin, options)
     difference = engine.forced_difference(shape, shape["heads"], device)
     engine.finish(engine.keys(runs, difference), engine.REACH, runs, begin, options)
 

@@ -21,13 +21,13 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import engine
 import torch
 from arms import ViCAOracle, around, build, interleave, picture_ids, ratio
-from engine import finish, under
+from engine import finish, keep, under
 
 import sparing
 from sparing.lens.screened import pays
@@ -199,7 +199,7 @@ def training(setting: Setting, rounds: int) -> dict[str, float]:
 
 def grid(
     decoder, reading: list[int], batches: list[int], pictures: list[int], rounds: int, steps: int, encoder: dict
-) -> dict:
+) -> Iterator[tuple[str, dict]]:
     """Milliseconds of encoder, prefill, a decoded token, and a whole answer, for each method, number of questions and tokens.
 
     Rounds are those at one question: many questions take fewer. What the device has no memory for says so, and the rest goes on.
@@ -207,23 +207,21 @@ def grid(
     depth = len(decoder.model.layers)
     stages = [depth // 4, depth // 2, 3 * depth // 4]
     methods = {"vica": ViCA(reading), "fastv": FastV(2, 0.5), "pyramid_drop": PyramidDrop(stages, 0.5)}
-    out = {}
     for visual, batch in itertools.product(pictures, batches):
-        name = f"v{visual}_b{batch}"
         try:
-            out[name] = cell(
-                Setting(decoder, reading, batch, visual, encoder=encoder), methods, max(3, rounds // batch), steps
-            )
+            setting = Setting(decoder, reading, batch, visual, encoder=encoder)
+            found = cell(setting, methods, max(3, rounds // batch), steps)
         except torch.OutOfMemoryError:
-            out[name] = {"out_of_memory": True}
+            found = {"out_of_memory": True}
+        setting = None
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
         print(
-            f"{visual} visual tokens, {batch} questions: {'no room' if 'out_of_memory' in out[name] else 'done'}",
+            f"{visual} visual tokens, {batch} questions: {'no room' if 'out_of_memory' in found else 'done'}",
             flush=True,
         )
-    return out
+        yield f"v{visual}_b{batch}", found
 
 
 def cell(setting: Setting, methods: dict, rounds: int, steps: int) -> dict[str, float | dict[str, float]]:
@@ -240,7 +238,8 @@ def cell(setting: Setting, methods: dict, rounds: int, steps: int) -> dict[str, 
     decode: dict[str, list[float]] = {name: [] for name in answers}
     whole: dict[str, list[float]] = {name: [] for name in answers}
     with torch.no_grad():
-        for round_ in range(rounds + 1):
+        # A few: each has many steps.
+        for round_ in range(max(2, rounds // 4) + 1):
             for name, run in answers.items():
                 first, each = run()
                 if round_:
@@ -359,7 +358,10 @@ def main() -> None:
     if not options.quick:
         shape, reading, encoder = (SMALL, READING[:2], SMALL_ENCODER) if options.small else (SHAPE, READING, CLIP_LARGE)
         decoder = build(**shape, kv_heads=shape["heads"], dtype=dtype)
-        runs["grid"] = grid(decoder, reading, options.batches, options.visual, 3, options.steps, encoder)
+        runs["grid"] = {}
+        for name, found in grid(decoder, reading, options.batches, options.visual, 3, options.steps, encoder):
+            runs["grid"][name] = found
+            keep(runs, begin, options)
     finish(keys(runs) | retained(options.accuracy), REACH, runs, begin, options)
 
 

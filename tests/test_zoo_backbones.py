@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.fx.experimental._config
 from typer.testing import CliRunner
 
 import sparing
@@ -13,7 +14,7 @@ from sparing.anatomy import ask
 from sparing.cli.zoo import zoo as commands
 from sparing.tokens import TokenMap
 from sparing.worlds.scenes import WORLD
-from sparing.zoo.scene_batches import IGNORED, make_batch
+from sparing.zoo.scene_batches import IGNORED, SceneBatch, make_batch
 from sparing.zoo.scene_course import SceneCourse
 from sparing.zoo.scene_eyes import eyes_of
 
@@ -53,6 +54,19 @@ def test_patches_are_where_the_token_map_says(course):
     eyes = eyes_of(course.recipe, WORLD)
     assert span.stop - span.start == eyes.number
     assert span.patches().flatten().tolist() == (eyes.places() + span.start).tolist()
+
+
+def test_every_stage_runs_on_another_device_than_the_cpu(monkeypatch):
+    """On the meta device, which says no less about where tensors are than a GPU does."""
+    monkeypatch.setattr(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True)
+    for name in NAMES:
+        made = SceneCourse(zoo.recipe(name).shrunk(), 3)
+        batches = {batch["goal"]: batch for batch in (made.batches[step] for step in range(len(made.batches)))}
+        student = made.trained.to("meta")
+        for goal, batch in batches.items():
+            loss = made.loss(student, SceneBatch(**batch).to(torch.device("meta"))._asdict())
+            loss.backward()
+            assert loss.device.type == "meta", (name, goal)
 
 
 @torch.inference_mode()

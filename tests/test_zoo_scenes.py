@@ -28,7 +28,9 @@ NAME = "scenes-llava"
 
 @pytest.fixture(scope="module")
 def recipe():
-    return zoo.recipe(NAME).shrunk()
+    """The zoo's, shrunk, and a stage of the one goal that it does not have."""
+    shrunk = zoo.recipe(NAME).shrunk()
+    return replace(shrunk, stages=(*shrunk.stages, replace(shrunk.stages[-1], goal="reading")))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,12 @@ def test_killed_run_resumes_bit_for_bit_across_stages(recipe, whole_run, tmp_pat
     train(recipe, tmp_path, checkpoint_every=3, bar=False)
     weights, others = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path, whole_run))
     assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_batches_that_workers_make_train_the_same(recipe, whole_run, tmp_path):
+    train(recipe, tmp_path, workers=2, bar=False)
+    weights, others = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path, whole_run))
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 

@@ -143,6 +143,8 @@ def card(
     ]
     spoken += [f"| kind, {group} only | {figures.more[f'spoken {group} kind']:.1%} | – |" for group in world.groups]
     stages = [_stage_row(stage) for stage in recipe.stages]
+    reads = any(stage.goal == "reading" for stage in recipe.stages)
+    reading = "- *reading*: the language model alone.\n" if reads else ""
     precision = in_words(environment)
     eyes, vision, text = eyes_of(recipe, world), recipe.config["vision_config"], recipe.config["text_config"]
     side, decoder = vision["image_size"], text["model_type"].capitalize()
@@ -194,9 +196,9 @@ A scene in words: `{example.tell()}`
 - *bridge*: the projector alone, from pixels to answers through the frozen language model, as in LLaVA's first stage.
   Nothing says what a visual token should be, but the answers.
 - *tuning*: projector and language model, the encoder frozen, as in LLaVA's second stage.
-- *reading*: the language model alone.
-- Questions packed into a row do not see each other (in {recipe.stages[-1].turns:.0%} of the last stage's batches they do, as turns of
-  one chat); only answers have a loss. Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of *words*.
+{reading}- Questions packed into a row do not see each other (in {recipe.stages[-1].turns:.0%} of the last stage's batches they do, as
+  turns of one chat); only answers have a loss. Scenes grow from one object to six in the first {recipe.stages[1].growing} steps of
+  *words*.
 {_repeats(recipe)}- AdamW, weight decay {recipe.weight_decay:g}; each stage warms up, stays and falls linearly; {precision};
   seed {seed}.
 - {figures.seconds / 60:.1f} minutes of wall-clock time on {machine_words(environment)}.
@@ -244,8 +246,9 @@ def _repeats(recipe: SceneRecipe) -> str:
     last = sum(not stage.distinct for stage in recipe.stages)
     if not last:
         return ""
-    return f"""- Questions of a row differ, but in the last {last} stages, which draw each as if it were asked alone: distinct ones
-  make large counts rarer than they are in tests.
+    which = "the last stage, which draws" if last == 1 else f"the last {last} stages, which draw"
+    return f"""- Questions of a row differ, but in {which} each as if it were asked alone: distinct ones make large
+  counts rarer than they are in tests.
 """
 
 
