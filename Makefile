@@ -5,6 +5,8 @@ BIN := .venv/bin
 ARGS ?=
 # What `make test-versions` runs the tests on: constraints-oldest.txt, and versions of transformers.
 VERSIONS ?= oldest 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0
+# For `make gpu` where nothing can be installed: a Python that has torch, transformers and sparing's other dependencies.
+GPU_PYTHON ?=
 # Cores for benchmarks; tests use as many processes of one thread each.
 THREADS ?= 2
 
@@ -42,9 +44,9 @@ bench: setup ## the benchmarks on this CPU: executors, ViCA, families, checkpoin
 	$(call threads,1) $(BIN)/python benchmarks/study.py --json benchmarks/results/study.json
 	$(call threads,$(THREADS)) $(BIN)/python benchmarks/embedlens.py --json benchmarks/results/embedlens.json
 
-gpu: setup ## time the executors and ViCA on a GPU
-	$(BIN)/python benchmarks/gpu_engine.py --json benchmarks/results/gpu_engine.json
-	$(BIN)/python benchmarks/gpu_vica.py --json benchmarks/results/gpu_vica.json
+gpu: $(if $(GPU_PYTHON),,setup) ## time ViCA and the executors on a GPU; with GPU_PYTHON=python3 in a Python that has torch already
+	PYTHONPATH=src $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu_vica.py --json benchmarks/results/gpu_vica.json
+	PYTHONPATH=src $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu_engine.py --json benchmarks/results/gpu_engine.json
 
 test-quant: setup ## the tests on quantised weights, in .venv-quant: torchao talks in every process that has it
 	test -e .venv-quant/.installed || ($(PYTHON) -m venv .venv-quant && \

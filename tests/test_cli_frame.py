@@ -283,3 +283,18 @@ def test_options_name_devices_and_dtypes():
             device_of(wrong)
     assert dtype_of("bfloat16") is torch.bfloat16
     assert dtype_of("auto") == "auto"
+
+
+def test_versions_of_a_checkout_that_is_not_installed(monkeypatch):
+    from importlib import metadata
+
+    known = metadata.version
+
+    def version(name):
+        if name == "sparing":
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = environment.versions()
+    assert found["sparing"] == "not installed" and found["torch"] == known("torch")

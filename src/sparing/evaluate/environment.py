@@ -19,11 +19,13 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that results depend on."""
-    from sparing import __version__
-
-    # Not asked of its metadata: it also runs from a checkout that is not installed.
-    own = {"python": platform.python_version(), "sparing": __version__}
-    return own | {name: metadata.version(name) for name in ("torch", "transformers")}
+    found = {"python": platform.python_version()}
+    for name in ("sparing", "torch", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"  # sparing itself, run from a checkout: `git` says which
+    return found
 
 
 def hardware() -> dict[str, Any]:
