@@ -297,4 +297,5 @@ def test_versions_of_a_checkout_that_is_not_installed(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", version)
     found = environment.versions()
-    assert found["sparing"] == "not installed" and found["torch"] == known("torch")
+    assert found["sparing"] == "not installed"
+    assert found["torch"] == known("torch")
