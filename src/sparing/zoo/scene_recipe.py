@@ -123,7 +123,7 @@ _TUNING = Stage(goal="tuning", steps=1000, rows=6, questions=12, lr=6e-4, turns=
 # With the projector fixed too, the language model bears a higher rate.
 _READING = replace(_TUNING, goal="reading", lr=1e-3)
 
-# For a core: progress goes by the step rather than by the question, and small steps are cheaper.
+# The first recipe of scenes-llava, for a core, which the recipes beside it still go by: a quarter of the questions in a step.
 SMALL_STEPS = (
     Stage(goal="patches", steps=500, rows=32, questions=1, lr=2e-3),
     replace(_WORDS, steps=1500, cooldown=0.0, growing=300),
