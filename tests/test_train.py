@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import processors
 import sparing
@@ -289,7 +289,11 @@ def test_bad_recipes_name_what_is_wrong(tmp_path, change, message):
 def test_a_text_model_s_weights_go_into_the_decoder(subject):
     model, _ = subject
     config = model.config.text_config.to_dict() | {"vocab_size": 100}
-    text = LlamaForCausalLM(LlamaConfig(**config))
+
+    def other(**changed):
+        return AutoModelForCausalLM.from_config(type(model.config.text_config)(**config | changed))
+
+    text = other()
     words = model.model.language_model.embed_tokens.weight.clone()
     take_language(model, text)
     for name, weight in text.model.named_parameters():
@@ -298,9 +302,9 @@ def test_a_text_model_s_weights_go_into_the_decoder(subject):
     assert torch.equal(model.model.language_model.embed_tokens.weight[100:], words[100:]), "rows in addition stay"
     assert torch.equal(model.lm_head.weight[:100], text.lm_head.weight)
     with pytest.raises(ValueError, match="decoder is another one"):
-        take_language(model, LlamaForCausalLM(LlamaConfig(**config | {"num_hidden_layers": 2})))
+        take_language(model, other(num_hidden_layers=2))
     with pytest.raises(ValueError, match="take one of the same size"):
-        take_language(model, LlamaForCausalLM(LlamaConfig(**config | {"intermediate_size": 64})))
+        take_language(model, other(intermediate_size=64))
 
 
 def test_a_projector_forgets_by_its_seed(subject):
