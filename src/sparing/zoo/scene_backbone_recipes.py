@@ -8,12 +8,7 @@ from sparing.zoo.scene_recipe import DECODER, SCENES_LLAVA, SMALL_STEPS
 _VISION = SCENES_LLAVA.config["vision_config"]
 
 # More is learnt from words, which are cheap, and counts among them; pictures then take fewer steps than scenes-llava's.
-_TOLD = replace(
-    SMALL_STEPS[2],
-    steps=4500,
-    cooldown=0.5,
-    weights=(0.5, 1.0, 0.8, 2.0, 0.1, 0.2, 5.0, 3.0, 2.0, 2.2, 0.2),
-)
+_TOLD = replace(SCENES_LLAVA.stages[2], rows=SMALL_STEPS[2].rows)
 _SEEN = replace(
     SMALL_STEPS[4],
     steps=1300,

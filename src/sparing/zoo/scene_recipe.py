@@ -189,8 +189,8 @@ SCENES_LLAVA = SceneRecipe(
         }
     ),
     stages=(
-        Stage(goal="patches", steps=500, rows=32, questions=1, lr=2e-3),
-        replace(_WORDS, rows=32, cooldown=0.0, growing=300),
+        SMALL_STEPS[0],
+        replace(SMALL_STEPS[1], rows=32),
         # What is known by now makes room for places, relations and, above all, counts: told in words they are learnt cheaply.
         replace(
             _WORDS,
