@@ -92,13 +92,14 @@ def around(decoder: LlamaForCausalLM, visual: int, pictures: int = 1, encoder: d
 
 
 def picture_ids(model, batch: int, visual: int, text: int = 64) -> tuple[Tensor, Tensor]:
-    """Ids of a system prompt, pictures and a question, and of the same without pictures; the text differs from row to row."""
+    """Ids of a system prompt, pictures and a question, and of the same without pictures; questions differ from row to row."""
     generator = torch.Generator().manual_seed(2)
     words = torch.randint(3, model.config.text_config.vocab_size - 1, (batch, text), generator=generator).to(
         model.device
     )
     picture = words.new_full((batch, visual), model.config.image_token_id)
     system = text // 3
+    words[:, :system] = words[:1, :system].clone()
     return torch.cat([words[:, :system], picture, words[:, system:]], 1), words
 
 
@@ -178,8 +179,13 @@ class ViCAOracle:
         return model.lm_head(norm(x[:, -1:], decoder.norm))
 
 
-def interleave(arms: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each arm, one after the other in every round, so that drifts of the machine hit all alike."""
+def interleave(
+    arms: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1, gave: dict[str, object] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each arm, one after the other in every round, so that drifts of the machine hit all alike.
+
+    `gave` is filled with what each arm returned in the last round.
+    """
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     with torch.no_grad():
@@ -187,10 +193,13 @@ def interleave(arms: dict[str, Callable[[], object]], rounds: int, warm_up: int 
             for name, arm in arms.items():
                 synchronize()
                 begin = time.perf_counter()
-                arm()
+                out = arm()
                 synchronize()
                 if round_ >= warm_up:
                     seconds[name].append(time.perf_counter() - begin)
+                if gave is not None and round_ == warm_up + rounds - 1:
+                    gave[name] = out
+                del out
     return seconds
 
 

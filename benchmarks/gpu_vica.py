@@ -39,13 +39,15 @@ def main() -> None:
     decoder = build(**shape, kv_heads=shape["heads"], dtype=dtype, device=device)
     runs: dict[str, dict] = {}
     for batch in (1, 8):
-        runs[f"b{batch}"] = vica.prefill(vica.Setting(decoder, reading, batch, visual), rounds, rounds)
+        setting = vica.Setting(decoder, reading, batch, visual)
+        runs[f"b{batch}"] = vica.prefill(setting, rounds, rounds) | vica.predicted(setting)
         keep(runs, begin, options)
     if options.train or options.shrink:
         runs["train"] = vica.training(vica.Setting(decoder, reading, 1, visual), max(rounds // 4, 1))
     grouped = build(**shape, kv_heads=shape["heads"] // 4, dtype=dtype, device=device)
-    runs["gqa"] = vica.prefill(vica.Setting(grouped, reading, 1, visual), rounds, rounds)
-    del grouped
+    setting = vica.Setting(grouped, reading, 1, visual)
+    runs["gqa"] = vica.prefill(setting, rounds, rounds) | vica.predicted(setting)
+    del grouped, setting
     # Last: it takes longest, and what comes before it is kept if the machine goes.
     sizes = ([1, 2], [16], TOY_ENCODER) if options.shrink else (options.batches, options.visual, vica.CLIP_LARGE)
     runs["grid"] = {}

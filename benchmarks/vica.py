@@ -7,10 +7,11 @@ The shapes of `engine.py` (16 layers, width 1024, 16 heads, MLP 2816, vocabulary
 layers), as a LLaVA with random weights. Every figure is a median of ratios of arms that ran one after the other in the same round.
 `..._by_flops` is what counted operations predict. bf16 where the processor multiplies it, else float32.
 
-A second question comes from a `VisionPrefix`: no encoder, no keys and values of the picture. The first one is measured without the
-encoder too, from the picture's embeddings. A training step is forward and backward of every weight of the decoder, logits and labels
-of the tokens behind the picture alone, the same in both arms. The grid's other arms: FastV (layer 2, half), PyramidDrop (three stages,
-half each), stock Hugging Face on the whole prompt, and on its text alone, which is the limit.
+A second question goes on from a `VisionPrefix` behind what it shares with the first, system prompt and picture; `reread` has another
+system prompt, and reads it. The first one is measured without the encoder, from the picture's embeddings. A training step is forward
+and backward of every weight of the decoder, logits and labels of the tokens behind the picture alone, the same in both arms. The
+grid's other arms: FastV (layer 2, half), PyramidDrop (three stages, half each), stock Hugging Face on the whole prompt, and on its
+text alone, which is the limit.
 """
 
 from __future__ import annotations
@@ -98,24 +99,34 @@ class Setting:
         return under(self.decoder, policy, tokens=self.tokens, **self.embedded)
 
     def second(self) -> torch.Tensor:
-        """A question from the prefix."""
+        """A question from the prefix, behind system prompt and picture."""
+        with self.prefix.apply():
+            return self.model(**self.behind(), logits_to_keep=1).logits
+
+    def reread(self) -> torch.Tensor:
+        """A question from the prefix with all of its text."""
         with self.prefix.apply():
             return self.model(input_ids=self.ids, logits_to_keep=1).logits
 
-    def cost(self, what: str) -> int:
-        """Counted operations of a prefill: `first`, `second`, `dense`, `text`."""
+    def behind(self) -> dict:
+        """What a second question goes on from."""
+        return self.prefix.continued({"input_ids": self.ids})
+
+    def costs(self) -> dict[str, int]:
+        """Counted operations of the prefills: `first`, `second`, `reread`, `dense`, `text`."""
         with torch.no_grad():
-            if what == "second":
-                with self.prefix.apply() as run:
-                    self.model(input_ids=self.ids, logits_to_keep=1)
-                return run.ledger.cost().total
-            if what == "text":
-                with sparing.apply(self.decoder) as run:
-                    self.alone()
-                return run.ledger.cost().total
-            with sparing.apply(self.decoder, ViCA(self.reading), tokens=self.tokens) as run:
+            with sparing.apply(self.decoder, ViCA(self.reading), tokens=self.tokens) as first:
                 self.decoder(**self.embedded)
-        return (run.ledger.cost() if what == "first" else run.ledger.dense_cost()).total
+            with sparing.apply(self.decoder) as text:
+                self.alone()
+            with self.prefix.apply() as run:
+                self.second()
+                second = run.ledger
+                self.reread()
+                reread = run.ledger
+        ledgers = {"first": first.ledger, "second": second, "reread": reread, "text": text.ledger}
+        found = {name: ledger.cost().total for name, ledger in ledgers.items()}
+        return found | {"dense": first.ledger.dense_cost().total}
 
     def train(self, policy) -> Callable[[], None]:
         """A training step's forward and backward."""
@@ -142,7 +153,25 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-ARMS = ("oracle", "first", "second", "text")
+def predicted(setting: Setting) -> dict[str, float]:
+    """The ratios of `prefill` by counted operations; they are the same for any number of questions."""
+    costs = setting.costs()
+    return {
+        f"{name}_by_flops": costs[above] / costs[below] for name, (above, below) in RATIOS.items() if above in costs
+    }
+
+
+ARMS = ("oracle", "first", "second", "reread", "text")
+RATIOS = {
+    "oracle_share": ("oracle", "first"),
+    "second_vs_text": ("second", "text"),
+    "second_vs_first": ("second", "first"),
+    "reread_vs_text": ("reread", "text"),
+    "reread_vs_first": ("reread", "first"),
+    "text_vs_first": ("text", "first"),
+    "vs_text": ("first", "text"),
+    "vs_dense": ("dense", "first"),
+}
 
 
 def prefill(setting: Setting, rounds: int, references: int, arms: Sequence[str] = ARMS) -> dict[str, float]:
@@ -160,39 +189,29 @@ def prefill(setting: Setting, rounds: int, references: int, arms: Sequence[str] 
         "oracle": lambda: oracle(**setting.embedded),
         "first": vica,
         "second": setting.second,
+        "reread": setting.reread,
         "text": setting.alone,
     }
-    seconds = interleave({name: every[name] for name in arms}, rounds)
-    costs = {what: setting.cost(what) for what in ("first", "second", "dense", "text")}
-    found = {
-        "second_vs_text_by_flops": costs["second"] / costs["text"],
-        "second_vs_first_by_flops": costs["second"] / costs["first"],
-        "vs_text_by_flops": costs["first"] / costs["text"],
-        "vs_dense_by_flops": costs["dense"] / costs["first"],
-        **{f"{name}_ms": 1000 * statistics.median(took) for name, took in seconds.items()},
-    }
-    ratios = {
-        "oracle_share": ("oracle", "first"),
-        "second_vs_text": ("second", "text"),
-        "second_vs_first": ("second", "first"),
-        "text_vs_first": ("text", "first"),
-        "vs_text": ("first", "text"),
-    }
-    found |= {name: ratio(seconds, *two) for name, two in ratios.items() if set(two) <= seconds.keys()}
+    gave: dict = {}
+    seconds = interleave({name: every[name] for name in arms}, rounds, gave=gave)
+    found = {f"{name}_ms": 1000 * statistics.median(took) for name, took in seconds.items()}
+    found |= {name: ratio(seconds, *two) for name, two in RATIOS.items() if set(two) <= seconds.keys()}
     if references:
         slow = interleave({"first": vica, "dense": setting.dense}, references, warm_up=int(references > 1))
         found["vs_dense"] = ratio(slow, "dense", "first")
     with torch.no_grad():
-        right = vica()
-        found["max_rel_of_second"] = difference(setting.second(), right)
-        if "oracle" in arms:
-            found["max_rel_to_oracle"] = difference(right, oracle(**setting.embedded))
+        second = gave["second"] if "second" in gave else setting.second()
+        found["max_rel_of_second"] = difference(second, gave["first"])
+        if "oracle" in gave:
+            found["max_rel_to_oracle"] = difference(gave["first"], gave["oracle"])
     return found
 
 
 def training(setting: Setting, rounds: int) -> dict[str, float]:
-    """A step on the gathered path over the stock model's; one before them makes room for the gradients."""
-    seconds = interleave({"dense": setting.train(None), "ours": setting.train(ViCA(setting.reading))}, rounds)
+    """A step on the gathered path over the stock model's; one of the former before them makes room for the gradients."""
+    ours = setting.train(ViCA(setting.reading))
+    ours()
+    seconds = interleave({"dense": setting.train(None), "ours": ours}, rounds, warm_up=0)
     setting.decoder.zero_grad(set_to_none=True)
     return {"vs_dense": ratio(seconds, "ours", "dense"), "ms": 1000 * statistics.median(seconds["ours"])}
 
@@ -257,7 +276,6 @@ def cell(setting: Setting, methods: dict, rounds: int, steps: int) -> dict[str, 
 
 def answer(setting: Setting, name: str, methods: dict, steps: int) -> Callable[[], tuple[float, float]]:
     """Prefill and cached steps; returns the seconds of the first and of one of the others."""
-    inputs = {"text": {"input_ids": setting.words}, "second": {"input_ids": setting.ids}}.get(name, setting.embedded)
     model = setting.model if name == "second" else setting.decoder
 
     def context():
@@ -266,10 +284,15 @@ def answer(setting: Setting, name: str, methods: dict, steps: int) -> Callable[[
         policies = [methods[name]] if name in methods else []
         return sparing.apply(model, *policies, tokens=setting.tokens if policies else None)
 
+    def inputs() -> dict:
+        if name == "second":
+            return setting.behind()
+        return {"input_ids": setting.words} if name == "text" else setting.embedded
+
     def run() -> tuple[float, float]:
         with context():
             begin = clock(setting.decoder.device)
-            out = model(**{**inputs, "logits_to_keep": 1}, use_cache=True)
+            out = model(**{**inputs(), "logits_to_keep": 1}, use_cache=True)
             middle = clock(setting.decoder.device)
             for _ in range(steps):
                 token = out.logits[:, -1].argmax(-1, keepdim=True).clamp(max=setting.decoder.config.vocab_size - 2)
@@ -288,23 +311,22 @@ def clock(device: torch.device) -> float:
 
 def keys(runs: dict[str, dict]) -> dict[str, float]:
     """The figures by name."""
-    one, eight = runs["b1"], runs["b8"]
-    found = {
-        "oracle_share_b1": one["oracle_share"],
-        "oracle_share_b8": eight["oracle_share"],
-        "second_question_vs_text": one["second_vs_text"],
-        "second_question_vs_text_by_flops": one["second_vs_text_by_flops"],
-        "second_question_vs_first": one["second_vs_first"],
-        "second_question_vs_first_by_flops": one["second_vs_first_by_flops"],
-        # The limit in time: a question that reads no picture. Few rows use a processor worse than the many of a picture's keys.
-        "text_vs_first": one["text_vs_first"],
-    }
+    one, eight, grouped = runs["b1"], runs["b8"], runs["gqa"]
+    found = {"oracle_share_b1": one["oracle_share"], "oracle_share_b8": eight["oracle_share"]}
+    # The text's own share of a first question: what one costs that reads no picture, system prompt included.
+    for name in ("second_vs_text", "second_vs_first", "reread_vs_text", "reread_vs_first", "text_vs_first"):
+        of = name.replace("second_", "second_question_").replace("reread_", "reread_question_")
+        found |= {of: one[name], f"{of}_by_flops": one[f"{name}_by_flops"]}
     if "train" in runs:
         found["train_step_vs_dense"] = runs["train"]["vs_dense"]
-    for name, run in (("b1", one), ("b8", eight)):
-        found |= {f"vica_vs_dense_{name}": run["vs_dense"], f"vica_vs_dense_{name}_by_flops": run["vs_dense_by_flops"]}
-    for name, run in (("b1", one), ("gqa", runs["gqa"])):
-        found |= {f"vica_vs_text_{name}": run["vs_text"], f"vica_vs_text_{name}_by_flops": run["vs_text_by_flops"]}
+    for name, of, run in (
+        ("vs_dense", "b1", one),
+        ("vs_dense", "b8", eight),
+        ("vs_text", "b1", one),
+        ("vs_text", "gqa", grouped),
+    ):
+        by_flops = (grouped if of == "gqa" else one)[f"{name}_by_flops"]
+        found |= {f"vica_{name}_{of}": run[name], f"vica_{name}_{of}_by_flops": by_flops}
     if "second_vs_text" in eight:
         found["second_question_b8_vs_text"] = eight["second_vs_text"]
     return found
@@ -322,14 +344,15 @@ def quick(
 ) -> dict:
     """The runs behind the figures with a reach, and nothing else of what takes long."""
     decoder = build(**shape, kv_heads=shape["heads"], dtype=dtype, device=device)
+    one = Setting(decoder, reading, 1, visual)
     runs = {
-        "b1": prefill(Setting(decoder, reading, 1, visual), rounds, 1),
+        "b1": prefill(one, rounds, 1) | predicted(one),
         "b8": prefill(Setting(decoder, reading, 8, visual), max(2, rounds // 8), 1, ("oracle", "first")),
     }
-    runs["train"] = training(Setting(decoder, reading, 1, visual), max(rounds // 5, 1))
-    del decoder
-    grouped_decoder = build(**shape, kv_heads=grouped, dtype=dtype, device=device)
-    return {**runs, "gqa": prefill(Setting(grouped_decoder, reading, 1, visual), rounds, 0, ("first", "text"))}
+    runs["train"] = training(one, max(rounds // 5, 1))
+    del decoder, one
+    few = Setting(build(**shape, kv_heads=grouped, dtype=dtype, device=device), reading, 1, visual)
+    return {**runs, "gqa": prefill(few, rounds, 0, ("first", "text")) | predicted(few)}
 
 
 def main() -> None:

@@ -251,6 +251,8 @@ class Run:
         check_pass(self.anatomy, embeds)
         state = past_key_values.state if isinstance(past_key_values, PlannedCache) else None
         self._check_cache(past_key_values, state)
+        if state is not None and b != state.tokens.batch:
+            past_key_values.repeat_to(b)
         past = 0 if state is None else state.tokens.length
         may_be_packed = (
             position_ids is not None and attention_mask is None and past_key_values is None and not use_cache

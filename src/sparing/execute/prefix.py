@@ -15,6 +15,8 @@ from sparing.anatomy import anatomy_of
 from sparing.anatomy.asking import processed, question_prompt
 from sparing.execute.apply import Run, replace_method, run_of
 from sparing.execute.batches import COUNTS, PICTURES
+from sparing.execute.beginnings import Beginnings, Split, behind, split
+from sparing.execute.cache import PlannedCache
 from sparing.execute.given import Given
 from sparing.execute.held import HeldPicture, HeldPictures
 from sparing.plan import Composed, Policy
@@ -143,6 +145,7 @@ class VisionPrefix:
         self._company = [len(pictures)] * len(pictures) if bounds is not None else [n for n in counts for _ in range(n)]
         self._counted = [name for name in COUNTS if name in inputs]
         self._weights = _versions(anatomy.decoder)
+        self._beginnings = Beginnings()
 
     @property
     def _device(self) -> torch.device:
@@ -150,8 +153,8 @@ class VisionPrefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the prefix holds."""
-        return self.held.nbytes
+        """Bytes that the prefix holds, beginnings that were read included."""
+        return self.held.nbytes + self._beginnings.nbytes
 
     def inputs(
         self, questions: str | Sequence[str], *, pictures: Sequence[Sequence[int]] | None = None
@@ -226,11 +229,64 @@ class VisionPrefix:
                 )
             yield stack.enter_context(run.with_pictures(bound))
 
+    def continued(
+        self, inputs: Mapping[str, Tensor], *, pictures: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, Any]:
+        """The same batch behind what all its rows begin with: system prompt and pictures, up to the last image token.
+
+        That beginning is read the first time; the latest two are kept. A question then costs only the text behind the pictures.
+        Call it inside `apply`, or before; what it returns goes, inside, into `model(...)` or `model.generate(...)`, whose output has
+        only the later ids too. Nothing that has been read has gradients, hidden states or logits any more.
+
+        Args:
+            inputs: from `inputs`, or a batch of the model's processor without pixels; padded on any side.
+            pictures: as for `apply`.
+
+        Returns:
+            `input_ids` behind the beginning, padded on the left, with the `attention_mask` of everything, `position_ids`, and
+            `past_key_values`: a cache of this batch's own.
+
+        Raises:
+            ValueError: a policy that looks at later tokens to decide about earlier ones, or rows that do not begin alike.
+        """
+        shown = self._shown(len(inputs["input_ids"]), pictures)
+        cut = self._cut(inputs, shown)
+        if isinstance(cut, str):
+            raise ValueError(f"this batch has no common beginning to go on from: {cut}; call the model on it as it is")
+        return self._behind(cut, shown[0])
+
+    def _cut(self, inputs: Mapping[str, Tensor], shown: Sequence[tuple[int, ...]]) -> Split | str:
+        """A batch cut behind its pictures; or why it cannot be."""
+        if not self.policy.causal:
+            late = next(part for part in self.policy.parts() if not part.causal)
+            return f"{late!r} looks at a whole prompt to decide about its pictures"
+        return split(self.anatomy, inputs, shown)
+
+    def _behind(self, cut: Split, shown: tuple[int, ...]) -> dict[str, Any]:
+        """What goes on from the beginning of a batch, read now if it is not kept."""
+
+        def read(head: Tensor) -> PlannedCache:
+            inputs = {"input_ids": head, "attention_mask": torch.ones_like(head), **self.sizes(1, [shown])}
+            if "mm_token_type_ids" in self._takes:
+                is_image: Any = self.anatomy.is_image_token(head)
+                inputs["mm_token_type_ids"] = is_image.long()
+            with torch.no_grad():
+                return self.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+        with self.apply(pictures=[shown]):
+            return behind(cut, self._beginnings.take(cut, shown, read))
+
     def ask(
         self, questions: str | Sequence[str], *, pictures: Sequence[Sequence[int]] | None = None, **generate: Any
     ) -> list[str]:
-        """Answers to questions, one batch; `generate` goes to `model.generate` (`max_new_tokens`, ...)."""
-        inputs = self.inputs(questions, pictures=pictures)
+        """Answers to questions, one batch; `generate` goes to `model.generate` (`max_new_tokens`, ...).
+
+        What all of them begin with is read once, and not again for later questions (see `continued`), where that is possible.
+        """
+        inputs: dict[str, Any] = {**self.inputs(questions, pictures=pictures)}
+        shown = self._shown(len(inputs["input_ids"]), pictures)
+        if not isinstance(cut := self._cut(inputs, shown), str):
+            inputs = self._behind(cut, shown[0])
         with torch.no_grad(), self.apply(pictures=pictures):
             out = self.model.generate(**inputs, **generate)
         return self.processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,224 @@
+"""`VisionPrefix.continued`: going on from system prompt and pictures that were read once equals reading the whole prompt."""
+
+import copy
+
+import pytest
+import torch
+
+import processors
+import sparing
+from models import llava, llava_batch
+from sparing.execute.beginnings import KEPT
+from sparing.policies import DropTokens, EnterLate, FastV, SkipModules, ViCA
+from sparing.tokens import Group
+
+TOLERANCE = 1e-5
+QUESTIONS = ["Which one is larger?", "What is in these pictures? Describe both.", "Which?"]
+SETTINGS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+POLICIES = {
+    "vica": lambda: ViCA([0, 2]),
+    "freeze": lambda: ViCA([1, 2], prefix="freeze"),
+    "skipped": lambda: ViCA([0, 2]) & SkipModules([1], [2], groups=[Group.TEXT]),
+    "entering": lambda: ViCA([0, 2]) & EnterLate(1),
+}
+
+
+def held(name, policy=None):
+    model, processor = processors.family(name)
+    pictures = [processors.picture(64, 40, 1), processors.picture(33, 90, 2)]
+    return model, processor, pictures, sparing.VisionPrefix(model, processor, pictures, policy or ViCA([0, 2]))
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def answers(model, inputs, **more):
+    """Later ids and their logits."""
+    out = model.generate(**inputs, **SETTINGS, output_logits=True, return_dict_in_generate=True, **more)
+    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", processors.CASES)
+def test_equals_the_whole_prompt(name, policy):
+    """Rows of three lengths, in prefill and decoding, against plain `apply`; the second time nothing is read."""
+    made = POLICIES[policy]()
+    model, processor, pictures, prefix = held(name, made)
+    plain = sparing.anatomy.ask(model, processor, QUESTIONS, [pictures] * 3)
+    with torch.no_grad(), sparing.apply(model, made):
+        expected, logits = answers(model, plain)
+    for _ in range(2):
+        with torch.no_grad(), prefix.apply():
+            found, ours = answers(model, prefix.continued(prefix.inputs(QUESTIONS)))
+        assert torch.equal(found, expected)
+        assert relative(ours, logits) <= TOLERANCE
+    assert prefix.ask(QUESTIONS, **SETTINGS) == processor.tokenizer.batch_decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_any_batch_of_the_model(side):
+    """A batch made by hand, called directly: logits behind the picture are those of the whole prompt."""
+    model = llava()
+    batch = llava_batch(side)
+    image = model.config.image_token_id
+    spans = [(row == image).sum().item() for row in batch["input_ids"]]
+    r = next(i for i, n in enumerate(spans) if n == min(n for n in spans if n))
+    ids = batch["input_ids"][r][batch["attention_mask"][r].bool()]
+    last = int((ids == image).nonzero()[-1]) + 1
+    pixels = batch["pixel_values"][:1]
+    rows = [torch.cat([ids[:last], torch.tensor(rest)]) for rest in ([7, 8, 9, 10], [11])]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    prefix = sparing.VisionPrefix.from_inputs(model, {"input_ids": rows[0][None], "pixel_values": pixels}, ViCA([0, 2]))
+    policy = ViCA([0, 2])
+    with torch.no_grad():
+        with prefix.apply():
+            given = prefix.continued({"input_ids": padded, "attention_mask": mask})
+            ours = model(**given).logits
+        for row, width, logits in zip(rows, (4, 1), ours, strict=True):
+            with sparing.apply(model, policy):
+                alone = model(input_ids=row[None], pixel_values=pixels).logits[0]
+            assert relative(logits[-width:], alone[-width:]) <= TOLERANCE
+
+
+def test_only_what_is_behind_runs():
+    """The projections see the text behind the pictures alone, and the ledger of a question counts that."""
+    model, _, _, prefix = held("llava")
+    inputs = prefix.inputs(QUESTIONS)
+    rows: list[int] = []
+    hook = model.model.language_model.layers[1].mlp.up_proj.register_forward_hook(
+        lambda _, args, __: rows.append(args[0].numel() // args[0].shape[-1])
+    )
+    with torch.no_grad(), prefix.apply() as run:
+        model(**inputs, logits_to_keep=1)
+        whole = run.ledger.cost()
+        for _ in range(2):
+            model(**prefix.continued(inputs), logits_to_keep=1)
+        cost = run.ledger.cost()
+    hook.remove()
+    mask, image = inputs["attention_mask"].bool(), inputs["input_ids"] == model.config.image_token_id
+    last = int(image[0].nonzero()[-1]) - int(mask[0].int().argmax())
+    text = int((mask & ~image).sum())
+    head = last + 1 - int(image[0].sum())
+    assert rows == [text, head, text - 3 * head, text - 3 * head]
+    assert whole.flops["mlp"] * (text - 3 * head) == cost.flops["mlp"] * text
+    assert cost.flops["encoder"] == cost.prefill.total == 0
+    # Keys and values of the beginning's text are there once a row; the pictures' are held.
+    assert cost.kv_bytes == whole.kv_bytes
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_questions_do_not_reach_each_other(name):
+    """A kept beginning stays as it was, whatever was asked, cropped, searched with beams or answered twice."""
+    model, _, _, prefix = held(name)
+    inputs, other = prefix.inputs(QUESTIONS), prefix.inputs("Describe it.")
+    searches: list[dict[str, int]] = [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}]
+    with torch.no_grad(), prefix.apply():
+        for search in searches:
+            expected = answers(model, inputs, **search)[0]
+            assert torch.equal(answers(model, prefix.continued(inputs), **search)[0], expected)
+        prefix.continued(inputs)["past_key_values"].crop(-1)
+        answers(model, prefix.continued(other))
+        assert torch.equal(answers(model, prefix.continued(inputs), **search)[0], expected)
+        with pytest.raises(ValueError, match="continues 3 rows, the inputs have 1"):
+            model(**{**prefix.continued(other), "past_key_values": prefix.continued(inputs)["past_key_values"]})
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_chat(name):
+    """A later turn goes on from an answer as from one whose prompt was read whole."""
+    model, _, _, prefix = held(name)
+    inputs, words, out = prefix.inputs(QUESTIONS), torch.tensor([[80, 91, 86]] * 3), []
+    with torch.no_grad(), prefix.apply():
+        for given in (inputs, prefix.continued(inputs)):
+            first = model.generate(**given, **SETTINGS, return_dict_in_generate=True)
+            ids = torch.cat([first.sequences[:, -1:], words], 1)
+            more = torch.ones(3, SETTINGS["max_new_tokens"] + 3, dtype=torch.long)
+            mask = torch.cat([given["attention_mask"], more], 1)
+            turn = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
+            out.append(answers(model, turn))
+    assert torch.equal(out[0][0], out[1][0])
+    assert relative(out[1][1], out[0][1]) <= TOLERANCE
+
+
+def test_the_latest_are_kept(monkeypatch):
+    """As many as `KEPT`; the least lately used goes, and is read again; what is held is in `nbytes`."""
+    model, processor, _, prefix = held("llava")
+    sign, read = processor.image_token, []
+    stock = type(model).forward
+
+    def counted(self, *args, **kwargs):
+        read.append(kwargs["input_ids"].shape[1])
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    before = prefix.nbytes
+
+    def ask(system):
+        read.clear()
+        prefix.continued(prefix.inputs(f"{system} {sign} {sign} Which?"))
+        return len(read)
+
+    systems = ["Be short.", "Be long and kind.", "You know everything."]
+    assert len(systems) == KEPT + 1
+    assert [ask(systems[0]), ask(systems[0])] == [1, 0]
+    one = prefix.nbytes
+    assert one > before
+    assert [ask(systems[1]), ask(systems[0]), ask(systems[2]), ask(systems[0]), ask(systems[1])] == [1, 0, 1, 0, 1]
+    layers = model.config.text_config.num_hidden_layers
+    assert (prefix.nbytes - before) % (layers * 2 * 4) == 0
+
+
+def test_refusals():
+    """Each says why there is no beginning; `ask` answers all the same."""
+    model, processor, pictures, prefix = held("llava")
+    sign = processor.image_token
+    different = {"pictures": [[0], [1]]}
+    cases = [
+        (prefix, prefix.inputs(["Which?"] * 2, **different), different, "different pictures"),
+        (prefix, prefix.inputs([f"{sign} {sign} a?", f"b {sign} {sign} a?"]), {}, "in front of their last picture"),
+        (prefix, prefix.inputs([f"Which? {sign} {sign}"]), {}, "ends with its picture"),
+        (prefix, prefix.inputs(["Which?"], pictures=[[]]), {"pictures": [[]]}, "has no picture"),
+    ]
+    for policy in (ViCA([0, 1, 2]) & FastV(1, 0.5), ViCA([0, 2]) & DropTokens(groups=[Group.IMAGE], keep=0.5)):
+        dropping = sparing.VisionPrefix(model, processor, pictures, policy)
+        cases.append((dropping, dropping.inputs("Which?"), {}, "looks at a whole prompt"))
+    for which, inputs, how, why in cases:
+        with pytest.raises(ValueError, match=why):
+            which.continued(inputs, **how)
+    for which, how in ((prefix, different), (dropping, {})):
+        plain = which.inputs(["Which?", "What?"], **how)
+        with torch.no_grad(), which.apply(**how):
+            expected = answers(model, plain)[0]
+        assert which.ask(["Which?", "What?"], **how, **SETTINGS) == processor.tokenizer.batch_decode(
+            expected, skip_special_tokens=True
+        )
+    changed = copy.deepcopy(model)
+    stale = sparing.VisionPrefix(changed, processor, pictures, ViCA([0, 2]))
+    inputs = stale.inputs("Which?")
+    stale.continued(inputs)
+    with torch.no_grad():
+        changed.model.language_model.layers[1].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="weights have changed"):
+        stale.continued(inputs)
+
+
+def test_mutations_show():
+    """Another beginning, a moved question, and one key too few each exceed the tolerance."""
+    model, processor, _, prefix = held("llava")
+    sign = processor.image_token
+    inputs = prefix.inputs(QUESTIONS)
+    with torch.no_grad(), prefix.apply():
+        right = model(**prefix.continued(inputs), logits_to_keep=1).logits
+        other = prefix.continued(prefix.inputs([f"You know everything. {sign} {sign} a?"] * 3))
+        given = prefix.continued(inputs)
+        moved = {**given, "position_ids": given["position_ids"] + 40}
+        assert relative(model(**moved, logits_to_keep=1).logits, right) > 10 * TOLERANCE
+        given = prefix.continued(inputs)
+        assert given["attention_mask"].shape[1] != other["attention_mask"].shape[1]
+        other["past_key_values"].crop(
+            -(other["past_key_values"].get_seq_length() - given["past_key_values"].get_seq_length())
+        )
+        wrong = {**given, "past_key_values": other["past_key_values"]}
+        assert relative(model(**wrong, logits_to_keep=1).logits, right) > 10 * TOLERANCE
