@@ -8,10 +8,14 @@ import torch
 import processors
 import sparing
 from models import llava, llava_batch
+from sparing.anatomy import anatomy_of
+from sparing.execute.batches import pad_rows, split_rows
 from sparing.execute.beginnings import KEPT
 from sparing.policies import DropTokens, EnterLate, FastV, SkipModules, ViCA
 from sparing.tokens import Group
+from vision_models import FAMILIES
 
+BATCHES = {"llava": (llava, llava_batch), **FAMILIES}
 TOLERANCE = 1e-5
 QUESTIONS = ["Which one is larger?", "What is in these pictures? Describe both.", "Which?"]
 SETTINGS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -57,29 +61,37 @@ def test_equals_the_whole_prompt(name, policy):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_any_batch_of_the_model(side):
-    """A batch made by hand, called directly: logits behind the picture are those of the whole prompt."""
-    model = llava()
-    batch = llava_batch(side)
-    image = model.config.image_token_id
-    spans = [(row == image).sum().item() for row in batch["input_ids"]]
-    r = next(i for i, n in enumerate(spans) if n == min(n for n in spans if n))
-    ids = batch["input_ids"][r][batch["attention_mask"][r].bool()]
-    last = int((ids == image).nonzero()[-1]) + 1
-    pixels = batch["pixel_values"][:1]
-    rows = [torch.cat([ids[:last], torch.tensor(rest)]) for rest in ([7, 8, 9, 10], [11])]
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
-    prefix = sparing.VisionPrefix.from_inputs(model, {"input_ids": rows[0][None], "pixel_values": pixels}, ViCA([0, 2]))
-    policy = ViCA([0, 2])
+@pytest.mark.parametrize("family", BATCHES)
+def test_any_batch_of_the_model(family, side):
+    """Batches made by hand, two pictures among text, called directly: logits behind are those of the whole prompt on its own."""
+    build, batch = BATCHES[family]
+    model, policy = build(), ViCA([0, 2])
+    alone = split_rows(model, batch(side))[0]
+    last = int(anatomy_of(model).is_image_token(alone["input_ids"])[0].nonzero()[-1]) + 1
+    rows = []
+    for rest in ([7, 8, 9, 10], [11]):
+        ids = torch.cat([alone["input_ids"][:, :last], torch.tensor([rest])], 1)
+        row = {**alone, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        row.pop("position_ids", None)
+        if "mm_token_type_ids" in row:
+            row["mm_token_type_ids"] = torch.nn.functional.pad(row["mm_token_type_ids"][:, :last], (0, len(rest)))
+        rows.append(row)
+    padded = pad_rows(model, rows, side)
+    prefix = sparing.VisionPrefix.from_inputs(model, rows[0], policy)
+    if anatomy_of(model).shape().layers[0].window is not None:
+        with pytest.raises(ValueError, match="would count in the model's windows"):
+            prefix.continued({name: padded[name] for name in ("input_ids", "attention_mask")}, pictures=[(0, 1)] * 2)
+        rows, padded = rows[:1], rows[0]
+    shown = [tuple(range(len(prefix.held.pictures)))] * len(rows)
     with torch.no_grad():
-        with prefix.apply():
-            given = prefix.continued({"input_ids": padded, "attention_mask": mask})
+        with prefix.apply(pictures=shown):
+            given = prefix.continued({name: padded[name] for name in ("input_ids", "attention_mask")}, pictures=shown)
             ours = model(**given).logits
-        for row, width, logits in zip(rows, (4, 1), ours, strict=True):
+            model(torch.full((len(rows), 1), 7), past_key_values=given["past_key_values"])
+        for row, width, logits in zip(rows, (4, 1), ours, strict=False):
             with sparing.apply(model, policy):
-                alone = model(input_ids=row[None], pixel_values=pixels).logits[0]
-            assert relative(logits[-width:], alone[-width:]) <= TOLERANCE
+                expected = model(**row).logits[0]
+            assert relative(logits[-width:], expected[-width:]) <= TOLERANCE
 
 
 def test_only_what_is_behind_runs():

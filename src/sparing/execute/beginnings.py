@@ -80,6 +80,8 @@ def split(anatomy: Anatomy, inputs: Mapping[str, Tensor], shown: Sequence[tuple[
         return "its rows show different pictures"
     if any(len(row) == stop for row in rows):
         return "a row of it ends with its picture"
+    if len({len(row) for row in rows}) > 1 and any(layer.window is not None for layer in anatomy.shape().layers):
+        return "its questions differ in length, and padding between pictures and question would count in the model's windows"
     padding = ids[~mask]
     return Split(head[None].to(device), [row[stop:].to(device) for row in rows], int(padding[0]) if len(padding) else 0)
 
