@@ -106,7 +106,8 @@ def test_only_what_is_behind_runs():
         model(**inputs, logits_to_keep=1)
         whole = run.ledger.cost()
         for _ in range(2):
-            model(**prefix.continued(inputs), logits_to_keep=1)
+            given = prefix.continued(inputs)
+            model(**given, logits_to_keep=1)
         cost = run.ledger.cost()
     hook.remove()
     mask, image = inputs["attention_mask"].bool(), inputs["input_ids"] == model.config.image_token_id
@@ -116,7 +117,12 @@ def test_only_what_is_behind_runs():
     assert rows == [text, head, text - 3 * head, text - 3 * head]
     assert whole.flops["mlp"] * (text - 3 * head) == cost.flops["mlp"] * text
     assert cost.flops["encoder"] == cost.prefill.total == 0
-    # Keys and values of the beginning's text are there once a row; the pictures' are held.
+    # Keys and values of the beginning's text are there once a row; those of the pictures once for all rows.
+    (part,) = given["past_key_values"].layers[0].given
+    assert part.where.rows == (0, 1, 2)
+    assert {v.untyped_storage().data_ptr() for v in part.values} == {
+        prefix.held._values[0].untyped_storage().data_ptr()
+    }
     assert cost.kv_bytes == whole.kv_bytes
 
 
