@@ -98,6 +98,17 @@ class Setting:
         """Under a policy, from embeddings: a first question without its encoder."""
         return under(self.decoder, policy, tokens=self.tokens, **self.embedded)
 
+    def captured(self, policy=None) -> Callable[[], torch.Tensor]:
+        """Under a policy (or none, computing everything), from what a first prompt of the layout recorded; a CUDA graph on a GPU."""
+        policies = [] if policy is None else [policy]
+        run = sparing.apply(self.decoder, *policies, tokens=self.tokens, force=True, capture=True)
+
+        def arm() -> torch.Tensor:
+            with run:
+                return self.decoder(**self.embedded, use_cache=True).logits
+
+        return arm
+
     def second(self) -> torch.Tensor:
         """A question from the prefix, behind system prompt and picture."""
         with self.prefix.apply():
@@ -110,7 +121,7 @@ class Setting:
 
     def behind(self) -> dict:
         """What a second question goes on from."""
-        return self.prefix.continued({"input_ids": self.ids})
+        return self.prefix.continued({"input_ids": self.ids}, later=True)
 
     def costs(self) -> dict[str, int]:
         """Counted operations of the prefills: `first`, `second`, `reread`, `dense`, `text`."""
@@ -171,10 +182,14 @@ RATIOS = {
     "text_vs_first": ("text", "first"),
     "vs_text": ("first", "text"),
     "vs_dense": ("dense", "first"),
+    "captured_vs_dense": ("dense", "captured"),
+    "captured_vs_dense_captured": ("dense_captured", "captured"),
 }
 
 
-def prefill(setting: Setting, rounds: int, references: int, arms: Sequence[str] = ARMS) -> dict[str, float]:
+def prefill(
+    setting: Setting, rounds: int, references: int, arms: Sequence[str] = ARMS, *, captured: bool = False
+) -> dict[str, float]:
     """ViCA beside the oracle; a second question beside the first and the text; and (fewer rounds) dense.
 
     Args:
@@ -182,6 +197,7 @@ def prefill(setting: Setting, rounds: int, references: int, arms: Sequence[str] 
         rounds: of the arms.
         references: rounds of the dense model; none leaves it out.
         arms: those that are timed; the first question is one of them.
+        captured: whether dense and first question are also run from a record (`sparing.apply(capture=True)`).
     """
     vica = setting.following(ViCA(setting.reading))
     oracle = ViCAOracle(setting.decoder, setting.tokens, setting.reading)
@@ -197,11 +213,18 @@ def prefill(setting: Setting, rounds: int, references: int, arms: Sequence[str] 
     found = {f"{name}_ms": 1000 * statistics.median(took) for name, took in seconds.items()}
     found |= {name: ratio(seconds, *two) for name, two in RATIOS.items() if set(two) <= seconds.keys()}
     if references:
-        slow = interleave({"first": vica, "dense": setting.dense}, references, warm_up=int(references > 1))
-        found["vs_dense"] = ratio(slow, "dense", "first")
+        against = {"first": vica, "dense": setting.dense}
+        if captured:
+            against |= {"captured": setting.captured(ViCA(setting.reading)), "dense_captured": setting.captured()}
+        # Recorded in the first round, captured in the second.
+        slow = interleave(against, references, warm_up=2 if captured else int(references > 1), gave=gave)
+        found |= {name: ratio(slow, *two) for name, two in RATIOS.items() if set(two) <= slow.keys()}
+        found |= {f"{name}_ms": 1000 * statistics.median(slow[name]) for name in slow if name != "first"}
     with torch.no_grad():
         second = gave["second"] if "second" in gave else setting.second()
         found["max_rel_of_second"] = difference(second, gave["first"])
+        if captured:
+            found["max_rel_of_captured"] = difference(gave["captured"], gave["first"])
         if "oracle" in gave:
             found["max_rel_to_oracle"] = difference(gave["first"], gave["oracle"])
     return found

@@ -85,7 +85,7 @@ def test_any_batch_of_the_model(family, side):
     shown = [tuple(range(len(prefix.held.pictures)))] * len(rows)
     with torch.no_grad():
         with prefix.apply(pictures=shown):
-            given = prefix.continued({name: padded[name] for name in ("input_ids", "attention_mask")}, pictures=shown)
+            given = prefix.continued({name: padded[name] for name in ("input_ids", "attention_mask")}, later=True)
             ours = model(**given).logits
             model(torch.full((len(rows), 1), 7), past_key_values=given["past_key_values"])
         for row, width, logits in zip(rows, (4, 1), ours, strict=False):
@@ -106,7 +106,7 @@ def test_only_what_is_behind_runs():
         model(**inputs, logits_to_keep=1)
         whole = run.ledger.cost()
         for _ in range(2):
-            given = prefix.continued(inputs)
+            given = prefix.continued(inputs, later=True)
             model(**given, logits_to_keep=1)
         cost = run.ledger.cost()
     hook.remove()
@@ -129,35 +129,112 @@ def test_only_what_is_behind_runs():
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_questions_do_not_reach_each_other(name):
     """A kept beginning stays as it was, whatever was asked, cropped, searched with beams or answered twice."""
-    model, _, _, prefix = held(name)
+    model, processor, _, prefix = held(name)
     inputs, other = prefix.inputs(QUESTIONS), prefix.inputs("Describe it.")
     searches: list[dict[str, int]] = [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}]
     with torch.no_grad(), prefix.apply():
         for search in searches:
             expected = answers(model, inputs, **search)[0]
-            assert torch.equal(answers(model, prefix.continued(inputs), **search)[0], expected)
+            assert torch.equal(answers(model, prefix.continued(inputs, repeats=3), **search)[0], expected)
         prefix.continued(inputs)["past_key_values"].crop(-1)
         answers(model, prefix.continued(other))
-        assert torch.equal(answers(model, prefix.continued(inputs), **search)[0], expected)
-        with pytest.raises(ValueError, match="continues 3 rows, the inputs have 1"):
-            model(**{**prefix.continued(other), "past_key_values": prefix.continued(inputs)["past_key_values"]})
+        assert torch.equal(answers(model, prefix.continued(inputs, repeats=3), **search)[0], expected)
+        with pytest.raises(ValueError, match="of 3 rows, the inputs have 1"):
+            model(**{**prefix.continued(other, later=True), **cache_of(prefix.continued(inputs))})
+    texts = processor.tokenizer.batch_decode(expected, skip_special_tokens=True)
+    assert prefix.ask(QUESTIONS, **search, **SETTINGS) == texts
+
+
+def cache_of(inputs):
+    return {"past_key_values": inputs["past_key_values"]}
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_what_generation_makes_of_ids(name):
+    """Penalties on ids that were there and limits of the whole length are as for the whole prompt."""
+    model, processor, pictures, prefix = held(name)
+    single = sparing.VisionPrefix(model, processor, pictures, ViCA([0, 2]))
+    question = [QUESTIONS[1]] * 2
+    length = single.inputs(question)["input_ids"].shape[1]
+    settings = {"repetition_penalty": 1.5, "max_length": length + 6, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad(), prefix.apply():
+        whole = model.generate(**single.inputs(question), **settings)
+        ours = model.generate(**prefix.continued(prefix.inputs(question)), **settings)
+    assert torch.equal(ours, whole)
+    assert single.ask(question, **settings) == processor.tokenizer.batch_decode(
+        whole[:, length:], skip_special_tokens=True
+    )
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_a_chat(name):
-    """A later turn goes on from an answer as from one whose prompt was read whole."""
-    model, _, _, prefix = held(name)
+    """A later turn goes on from an answer as from one whose prompt was read whole, whatever was read in between."""
+    model, processor, _, prefix = held(name)
+    sign = processor.image_token
     inputs, words, out = prefix.inputs(QUESTIONS), torch.tensor([[80, 91, 86]] * 3), []
+    far = prefix.inputs(f"Far away stand {sign} and {sign} and what else?")
     with torch.no_grad(), prefix.apply():
-        for given in (inputs, prefix.continued(inputs)):
-            first = model.generate(**given, **SETTINGS, return_dict_in_generate=True)
-            ids = torch.cat([first.sequences[:, -1:], words], 1)
-            more = torch.ones(3, SETTINGS["max_new_tokens"] + 3, dtype=torch.long)
-            mask = torch.cat([given["attention_mask"], more], 1)
-            turn = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
-            out.append(answers(model, turn))
+        prefix.continued(inputs)
+        for given in (lambda: inputs, lambda: prefix.continued(inputs)):
+            model(**far)
+            prefix.continued(far)
+            before = given()
+            first = model.generate(**before, **SETTINGS, return_dict_in_generate=True)
+            ids = torch.cat([first.sequences, words], 1)
+            mask = torch.cat([before["attention_mask"], torch.ones(3, SETTINGS["max_new_tokens"] + 3).long()], 1)
+            out.append(answers(model, {"input_ids": ids, "attention_mask": mask, **cache_of(first)}))
     assert torch.equal(out[0][0], out[1][0])
     assert relative(out[1][1], out[0][1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_pictures_in_another_order(name):
+    """Those named to the `apply` around it are meant, and kept apart from others."""
+    model, processor = processors.family(name)
+    pictures = [processors.picture(40, 40, 1), processors.picture(40, 40, 2)]
+    prefix = sparing.VisionPrefix(model, processor, pictures, ViCA([0, 2]))
+    found = []
+    for order in ([0, 1], [1, 0]):
+        shown = [order] * 3
+        inputs = prefix.inputs(QUESTIONS, pictures=shown)
+        with torch.no_grad(), prefix.apply(pictures=shown):
+            whole = answers(model, inputs)[1]
+            found.append(answers(model, prefix.continued(inputs))[1])
+        assert relative(found[-1], whole) <= TOLERANCE
+    assert relative(*found) > 100 * TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_what_it_was_read_under():
+    """A policy that prints alike, and adapters that are switched off: neither goes on from what the other read."""
+    peft = pytest.importorskip("peft")
+    model, processor, pictures, _ = held("llava")
+    first, second = (ViCA([0, 2]) & SkipModules([], [1], where=where) for where in (nobody, everybody))
+    prefix = sparing.VisionPrefix(model, processor, pictures, first)
+    assert repr(first) == repr(second)
+    inputs = prefix.inputs(QUESTIONS)
+    prefix.continued(inputs)
+    with torch.no_grad(), sparing.apply(model, second), prefix.apply():
+        assert relative(answers(model, prefix.continued(inputs))[1], answers(model, inputs)[1]) <= TOLERANCE
+    tuned = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
+    )
+    prefix = sparing.VisionPrefix(tuned.eval(), processor, pictures, ViCA([0, 2]))
+    with torch.no_grad():
+        prefix.continued(inputs)
+        with tuned.disable_adapter(), prefix.apply():
+            off = answers(tuned, prefix.continued(inputs))[1]
+            assert relative(off, answers(tuned, inputs)[1]) <= TOLERANCE
+        with prefix.apply():
+            assert relative(answers(tuned, prefix.continued(inputs))[1], off) > 100 * TOLERANCE
+
+
+def nobody(tokens):
+    return torch.zeros_like(tokens.group, dtype=torch.bool)
+
+
+def everybody(tokens):
+    return ~nobody(tokens)
 
 
 def test_the_latest_are_kept(monkeypatch):
@@ -184,8 +261,14 @@ def test_the_latest_are_kept(monkeypatch):
     one = prefix.nbytes
     assert one > before
     assert [ask(systems[1]), ask(systems[0]), ask(systems[2]), ask(systems[0]), ask(systems[1])] == [1, 0, 1, 0, 1]
-    layers = model.config.text_config.num_hidden_layers
-    assert (prefix.nbytes - before) % (layers * 2 * 4) == 0
+    assert prefix.flops["beginnings"] > 0
+    own = [
+        x
+        for kept in prefix._beginnings._kept.values()
+        for layer in kept.cache.layers
+        for x in (layer.keys, layer.values)
+    ]
+    assert prefix.nbytes - before >= sum(x.nbytes for x in own)
 
 
 def test_refusals():
@@ -193,15 +276,21 @@ def test_refusals():
     model, processor, pictures, prefix = held("llava")
     sign = processor.image_token
     different = {"pictures": [[0], [1]]}
+    plain = prefix.inputs(["Which?"] * 2)
+    hole = plain["attention_mask"].clone()
+    hole[0, -2] = 0
     cases = [
         (prefix, prefix.inputs(["Which?"] * 2, **different), different, "different pictures"),
         (prefix, prefix.inputs([f"{sign} {sign} a?", f"b {sign} {sign} a?"]), {}, "in front of their last picture"),
         (prefix, prefix.inputs([f"Which? {sign} {sign}"]), {}, "ends with its picture"),
-        (prefix, prefix.inputs(["Which?"], pictures=[[]]), {"pictures": [[]]}, "has no picture"),
+        (prefix, prefix.inputs(["Which?"], pictures=[[]]), {"pictures": [[]]}, "shows no picture"),
+        (prefix, {**plain, "pixel_values": torch.zeros(4, 3, 8, 8)}, {}, "brings pixel_values"),
+        (prefix, {**plain, "position_ids": plain["input_ids"]}, {}, "brings position_ids"),
+        (prefix, {**plain, "attention_mask": hole}, {}, "has holes"),
     ]
     for policy in (ViCA([0, 1, 2]) & FastV(1, 0.5), ViCA([0, 2]) & DropTokens(groups=[Group.IMAGE], keep=0.5)):
         dropping = sparing.VisionPrefix(model, processor, pictures, policy)
-        cases.append((dropping, dropping.inputs("Which?"), {}, "looks at a whole prompt"))
+        cases.append((dropping, dropping.inputs("Which?"), {}, "by more than which tokens are what"))
     for which, inputs, how, why in cases:
         with pytest.raises(ValueError, match=why):
             which.continued(inputs, **how)
@@ -228,12 +317,12 @@ def test_mutations_show():
     sign = processor.image_token
     inputs = prefix.inputs(QUESTIONS)
     with torch.no_grad(), prefix.apply():
-        right = model(**prefix.continued(inputs), logits_to_keep=1).logits
-        other = prefix.continued(prefix.inputs([f"You know everything. {sign} {sign} a?"] * 3))
-        given = prefix.continued(inputs)
+        right = model(**prefix.continued(inputs, later=True), logits_to_keep=1).logits
+        other = prefix.continued(prefix.inputs([f"You know everything. {sign} {sign} a?"] * 3), later=True)
+        given = prefix.continued(inputs, later=True)
         moved = {**given, "position_ids": given["position_ids"] + 40}
         assert relative(model(**moved, logits_to_keep=1).logits, right) > 10 * TOLERANCE
-        given = prefix.continued(inputs)
+        given = prefix.continued(inputs, later=True)
         assert given["attention_mask"].shape[1] != other["attention_mask"].shape[1]
         other["past_key_values"].crop(
             -(other["past_key_values"].get_seq_length() - given["past_key_values"].get_seq_length())

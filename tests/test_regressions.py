@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import sparing
 from models import IMAGE, PATCHES, llama, llava, text_batch
-from sparing.execute.apply import SELECTS
+from sparing.execute.supported import SELECTS
 from sparing.plan import LayerPlan, Policy
 from sparing.policies import DropTokens, EnterLate, SkipModules, ViCA
 from sparing.tokens import Group, TokenMap

@@ -318,6 +318,11 @@ class Anatomy(abc.ABC):
         """Position ids as a `TokenMap` holds them: `[b t]`, or `[axes b t]` without a row for the text."""
         return position_ids
 
+    @property
+    def remembers_positions(self) -> HFModule | None:
+        """The module whose `rope_deltas` say, after a prompt with pictures, where later turns stand; `None` if none does."""
+        return None
+
     def is_image_token(self, input_ids: Tensor) -> Tensor | None:
         """Which ids are image placeholders `[b t]`; `None` for a text model."""
         return None

@@ -116,6 +116,11 @@ class QwenVLAnatomy(VisionAnatomy):
             return position_ids.expand(AXES, *position_ids.shape)
         return position_ids[-AXES:].expand(AXES, *position_ids.shape[1:])
 
+    @property
+    def remembers_positions(self) -> HFModule:
+        """The model around encoder and decoder."""
+        return self.model.model
+
     def rotary(self, hidden: Tensor, position_ids: Tensor, kind: str = "all") -> tuple[Tensor, Tensor]:
         """Cosines and sines `[b t head_dim]`, each part of a head turned by its axis."""
         return super().rotary(hidden, self.positions(position_ids), kind)

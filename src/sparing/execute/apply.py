@@ -7,14 +7,13 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import output_capturing
 
 from sparing.anatomy import anatomy_of
 from sparing.execute.arrivals import new_tokens
@@ -23,16 +22,19 @@ from sparing.execute.dense import Dense
 from sparing.execute.encoder import EncoderNotes
 from sparing.execute.gathered import Gathered
 from sparing.execute.planning import Pass
-from sparing.execute.supported import OneThread, check_model, check_pass, check_rows
+from sparing.execute.programs import Programs
+from sparing.execute.supported import (
+    OneThread,
+    check_arguments,
+    check_capture,
+    check_model,
+    check_packed,
+    check_pass,
+    check_rows,
+    selected_states,
+)
 from sparing.plan import Composed, Ledger, Policy
 from sparing.tokens import TokenMap
-
-HARMLESS = ("cache_position", "logits_to_keep", "labels", "num_items_in_batch")
-"""Tensors that a decoder takes and makes nothing of."""
-SELECTS = hasattr(output_capturing, "selected_hidden_states")
-"""Whether transformers takes indices in `output_hidden_states` as this library does: from 5.23 on."""
-TEXT_AND_AXES = 4
-"""Rows of M-RoPE positions with those of the text in front."""
 
 # Decoder -> its run, weakly: what stands in for the decoder's forward keeps the run alive.
 _applied: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Run]] = weakref.WeakKeyDictionary()
@@ -44,6 +46,7 @@ def apply(
     execute: str = "gathered",
     tokens: TokenMap | None = None,
     force: bool = False,
+    capture: bool = False,
 ) -> Run:
     """Let `model` follow `policies` inside a `with` block.
 
@@ -54,6 +57,9 @@ def apply(
             it is what routers are trained on).
         tokens: the prompts' `TokenMap`, where it cannot be told from the inputs (streaming groups, embeddings passed in).
         force: run the chosen executor even where no policy has anything to say (the stock forward runs otherwise).
+        capture: record the pass of a prompt, and run later prompts of the same layout (which tokens are what, by row) from the
+            record, without planning; on a GPU as a CUDA graph. For `gathered`, without gradients, and policies that decide by
+            layout alone (`Policy.by_layout`). While it lasts the model must stay as it is: no other adapters, no new hooks.
 
     Returns:
         A context manager that yields a `Run`.
@@ -61,7 +67,7 @@ def apply(
     Raises:
         ValueError: unknown family, contradictory policies, a layer that does not exist, or a model that is already applied.
     """
-    return Run(model, Composed(*policies), execute=execute, tokens=tokens, force=force)
+    return Run(model, Composed(*policies), execute=execute, tokens=tokens, force=force, capture=capture)
 
 
 def run_of(model: nn.Module) -> Run | None:
@@ -76,10 +82,18 @@ class Run:
     Attributes:
         policy: the policies, composed.
         ledger: the record of the latest prompt.
+        pictures: what a `VisionPrefix` brings for new prompts, inside its `apply`.
     """
 
     def __init__(
-        self, model: nn.Module, policy: Composed, *, execute: str, tokens: TokenMap | None, force: bool
+        self,
+        model: nn.Module,
+        policy: Composed,
+        *,
+        execute: str,
+        tokens: TokenMap | None,
+        force: bool,
+        capture: bool = False,
     ) -> None:
         self.anatomy = anatomy_of(model)
         self.model, self.policy, self._tokens, self._force = self.anatomy.model, policy, tokens, force
@@ -93,6 +107,9 @@ class Run:
         ablations = [repr(part) for part in policy.parts() if part.ablation]
         if ablations and execute != "dense":
             raise ValueError(f'{ablations[0]} is an ablation, which is no speed-up: run it with execute="dense"')
+        if capture:
+            check_capture(execute, policy)
+        self._programs = Programs(self.anatomy) if capture else None
         self._executor: Gathered | Dense = Gathered(self.anatomy) if execute == "gathered" else Dense(self.anatomy)
         self.ledger = Ledger(self.shape)
         self._called_with: dict[str, Any] = {}
@@ -100,7 +117,7 @@ class Run:
         self._notes = EncoderNotes(self.anatomy, policy.looks_at_encoder)
         self._pictures: dict[str, Any] = {}
         self._encoded = 0
-        self._prefix: Any = None
+        self.pictures: Any = None
         self._exit = contextlib.ExitStack()
         self._one_thread = OneThread()
 
@@ -150,6 +167,11 @@ class Run:
             )
 
     @property
+    def described(self) -> bool:
+        """Whether the caller said what the prompts' tokens are."""
+        return self._tokens is not None
+
+    @property
     def executor(self) -> str:
         """Which executor carries the plans out, `gathered` or `dense`."""
         return self._executor.name
@@ -157,11 +179,11 @@ class Run:
     @contextlib.contextmanager
     def with_pictures(self, prefix: Any) -> Iterator[Run]:
         """For a moment, the pictures of new prompts are those that a `VisionPrefix` holds (`VisionPrefix.apply` enters this)."""
-        before, self._prefix = self._prefix, prefix
+        before, self.pictures = self.pictures, prefix
         try:
             yield self
         finally:
-            self._prefix = before
+            self.pictures = before
 
     @contextlib.contextmanager
     def trial(self, tokens: TokenMap) -> Iterator[Callable[[], Ledger]]:
@@ -252,7 +274,7 @@ class Run:
         state = past_key_values.state if isinstance(past_key_values, PlannedCache) else None
         self._check_cache(past_key_values, state)
         if state is not None and b != state.tokens.batch:
-            past_key_values.repeat_to(b)
+            raise ValueError(f"the cache is of {state.tokens.batch} rows, the inputs have {b}: give one row for each")
         past = 0 if state is None else state.tokens.length
         may_be_packed = (
             position_ids is not None and attention_mask is None and past_key_values is None and not use_cache
@@ -267,8 +289,8 @@ class Run:
         seen = {**self._called_with, "attention_mask": attention_mask, "position_ids": positions}
         if input_ids is not None:
             seen["input_ids"] = input_ids
-        if state is None and self._prefix is not None:
-            seen.update(self._prefix.sizes(seen, b))
+        if state is None and self.pictures is not None:
+            seen.update(self.pictures.sizes(seen, b))
         if state is None:
             state = self._begin(seen, embeds)
             new = state.tokens
@@ -284,7 +306,7 @@ class Run:
                     past_key_values.make_whole()
             state.extend(new)
         if may_be_packed and not state.idle:
-            _refuse_packed(position_ids)
+            check_packed(position_ids)
         state.unfinished = True
         self._notes.inputs = seen
         run = Pass(
@@ -307,8 +329,8 @@ class Run:
         cache = run.cache = past_key_values
         if past == 0 and not state.idle:
             before = position_ids
-            if self._prefix is not None:
-                run.given = self._prefix.given(state.tokens, self._encoded)
+            if self.pictures is not None:
+                run.given = self.pictures.given(state.tokens, self._encoded)
             embeds, position_ids = run.begin_prompt(embeds, position_ids)
             if position_ids is not before and attention_mask is None:
                 # Without a mask transformers takes gapped positions for packed sequences.
@@ -360,13 +382,19 @@ class Run:
         keep = kwargs.get("output_hidden_states")
         keep = config.output_hidden_states if keep is None else keep
         run.additions = self.anatomy.additions(kwargs)
-        _refuse_unknown(kwargs, self.anatomy.adds)
+        check_arguments(kwargs, self.anatomy.adds)
         assert isinstance(self._executor, Gathered)
         for kind in {self.anatomy.rotary_kind(layer) for layer in range(run.state.depth)}:
             if kind is not None:
                 run.rotary[kind] = self.anatomy.rotary(held[0], position_ids, kind)
-        last, hidden = self._executor.run(run, held, bool(keep), None if keep else self._wanted())
-        return self.anatomy.output(last_hidden_state=last, past_key_values=cache, hidden_states=_selected(hidden, keep))
+        wanted = None if keep else self._wanted()
+        if self._programs is not None and self._programs.take(run, bool(keep)):
+            last, hidden = self._programs.run(self._executor, run, held, wanted), ()
+        else:
+            last, hidden = self._executor.run(run, held, bool(keep), wanted)
+        return self.anatomy.output(
+            last_hidden_state=last, past_key_values=cache, hidden_states=selected_states(hidden, keep)
+        )
 
     def _wanted(self) -> int | None:
         """How many last tokens the model around the decoder reads of its output, where nobody else looks at it; `None`: all."""
@@ -453,39 +481,6 @@ def replace_method(module: nn.Module, name: str, function: Callable[..., Any]) -
     # Wrapped, because `generate` looks at the signature.
     setattr(module, name, functools.wraps(stock)(functools.partial(function, stock)))
     return restore
-
-
-def _selected(hidden: tuple[Tensor, ...], keep: bool | int | Sequence[int]) -> tuple[Tensor | None, ...] | None:
-    """The hidden states asked for; where indices were given the others are `None`, as in transformers."""
-    if isinstance(keep, bool) or not keep:
-        return hidden if keep else None
-    if not SELECTS:
-        raise ValueError(
-            f"output_hidden_states={keep!r}: before 5.23 transformers takes indices for something else; pass True and choose"
-        )
-    wanted = {i % len(hidden) for i in ([keep] if isinstance(keep, int) else keep) if -len(hidden) <= i < len(hidden)}
-    return tuple(x if i in wanted else None for i, x in enumerate(hidden))
-
-
-def _refuse_unknown(kwargs: dict[str, Any], adds: Sequence[str]) -> None:
-    """Raise `ValueError` if the decoder was handed a tensor that the fast executor would leave out."""
-    for name, value in kwargs.items():
-        parts = value if isinstance(value, (list, tuple)) else [value]
-        if name not in (*HARMLESS, *adds) and any(isinstance(part, Tensor) for part in parts):
-            raise ValueError(f'execute="gathered" does not know what {name} does to the decoder: use execute="dense"')
-
-
-def _refuse_packed(position_ids: Tensor) -> None:
-    """Raise `ValueError` where the stock model would take a row for several sequences; waits for the device once."""
-    if position_ids.ndim == 3:
-        if position_ids.shape[0] != TEXT_AND_AXES:
-            return  # Positions of several axes alone are no sign of packing.
-        position_ids = position_ids[0]
-    if bool((position_ids.diff(dim=-1) != 1).any()):
-        raise ValueError(
-            "position_ids with gaps and no attention_mask mean several sequences in a row to transformers: pass "
-            "attention_mask (ones) if each row is one sequence, else one row a sequence, or hide them with LayerPlan.sees"
-        )
 
 
 def _of_batch(position_ids: Tensor, batch: int) -> Tensor:

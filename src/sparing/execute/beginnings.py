@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparing.anatomy import Anatomy
+from sparing.execute.batches import COUNTS, PICTURES, ROWS
 from sparing.execute.cache import PlannedCache, RaggedLayer
 
 KEPT = 2
@@ -30,24 +32,40 @@ class Split(NamedTuple):
     padding: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """One that was read.
+
+    Attributes:
+        cache: of one row; prompts fork it, and nothing writes to it.
+        deltas: what the model remembers of its pictures' positions (`Anatomy.remembers_positions`), if it does.
+        under: what it was read under, kept so that no identity in a key is given out twice.
+    """
+
+    cache: PlannedCache
+    deltas: Tensor | None
+    under: Any
+
+
 class Beginnings:
-    """Beginnings that were read, each a cache of one row that prompts fork; under a causal policy nothing behind changes it."""
+    """The latest beginnings. Under policies that are causal and decide by layout alone nothing behind a beginning changes it."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[bytes, tuple[int, ...]], PlannedCache] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], Beginning] = OrderedDict()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values that are kept beside the pictures'."""
-        layers = [layer for cache in self._kept.values() for layer in cache.layers]
-        own = [x for layer in layers if isinstance(layer, RaggedLayer) for x in (layer.keys, layer.values)]
-        return sum(x.numel() * x.element_size() for x in own if x is not None)
+    def tensors(self) -> list[Tensor]:
+        """All that is kept; keys and values of pictures among it, of which most are the prefix's own."""
+        layers = [layer for kept in self._kept.values() for layer in kept.cache.layers]
+        found: list[Tensor | None] = []
+        for layer in layers:
+            assert isinstance(layer, RaggedLayer)
+            found += [layer.keys, layer.values, *(x for part in layer.given for x in (*part.keys, *part.values))]
+        return [x for x in found if x is not None]
 
-    def take(self, split: Split, shown: tuple[int, ...], read: Callable[[Tensor], PlannedCache]) -> PlannedCache:
-        """The cache of a beginning; `read` makes it from the ids `[1 h]` where it is not kept."""
-        key = split.head.cpu().numpy().tobytes(), shown
+    def take(self, key: tuple[Any, ...], read: Callable[[], Beginning]) -> Beginning:
+        """A beginning; `read` makes it where it is not kept."""
         if key not in self._kept:
-            self._kept[key] = read(split.head)
+            self._kept[key] = read()
         self._kept.move_to_end(key)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
@@ -55,55 +73,66 @@ class Beginnings:
 
 
 def split(anatomy: Anatomy, inputs: Mapping[str, Tensor], shown: Sequence[tuple[int, ...]]) -> Split | str:
-    """Cut a batch behind its last pictures; or why it cannot be cut. Padding on any side is left out. Waits for the device.
+    """Cut a batch behind its last pictures; or why it cannot be cut. Padding on either side is left out. Waits for the device.
 
     Args:
         anatomy: the model's.
         inputs: `input_ids` and, where there is padding, `attention_mask`, both `[b t]`.
         shown: which pictures each row shows.
     """
+    brings = set(inputs) - {*ROWS, *COUNTS, *PICTURES, "token_type_ids"} | {"pixel_values"} & set(inputs)
+    if brings:
+        return f"it brings {sorted(brings)[0]}, which a beginning that was read before cannot heed"
     device, ids = inputs["input_ids"].device, inputs["input_ids"].cpu()
     mask = inputs["attention_mask"].cpu().bool() if "attention_mask" in inputs else torch.ones_like(ids).bool()
-    is_image = anatomy.is_image_token(ids)
-    assert isinstance(is_image, Tensor)
-    if len(set(shown)) > 1:
-        return "its rows show different pictures"
-    if not bool((is_image & mask).any(1).all()):
-        return "a row of it has no picture"
+    if bool((mask.int().diff(dim=1).abs().sum(1) > 1).any()):
+        return "its attention_mask has holes, and is not padding on one side"
+    found: Any = anatomy.is_image_token(ids)
+    is_image: Tensor = found & mask
+    if not bool(is_image.any(1).all()):
+        return "a row of it shows no picture"
     rows = [row[kept] for row, kept in zip(ids, mask, strict=True)]
     stop = int(is_image[0][mask[0]].nonzero()[-1]) + 1
     head = rows[0][:stop]
+    if len(set(shown)) > 1 or bool((is_image.sum(1) != is_image[0].sum()).any()):
+        return "its rows show different pictures"
     if not all(torch.equal(row[:stop], head) for row in rows):
         return "its rows differ in front of their last picture"
-    # What comes later brings no pictures.
-    if any(bool(is_image[r][mask[r]][stop:].any()) for r in range(len(rows))):
-        return "its rows show different pictures"
     if any(len(row) == stop for row in rows):
         return "a row of it ends with its picture"
     if len({len(row) for row in rows}) > 1 and any(layer.window is not None for layer in anatomy.shape().layers):
         return "its questions differ in length, and padding between pictures and question would count in the model's windows"
-    padding = ids[~mask]
+    padding = ids[~mask & ~found]
     return Split(head[None].to(device), [row[stop:].to(device) for row in rows], int(padding[0]) if len(padding) else 0)
 
 
-def behind(cut: Split, cache: PlannedCache) -> dict[str, Any]:
-    """What `model(...)` and `model.generate(...)` go on with: later ids, padded on the left, and a fork of the beginning's cache.
+def behind(cut: Split, cache: PlannedCache, repeats: int, *, later: bool) -> dict[str, Any] | str:
+    """What goes on from a beginning, padded between it and what is behind it; or why nothing can.
 
     Positions count on from the beginning's, padding left out, as `generate` does; on all axes alike where there are several.
+
+    Args:
+        cut: the batch.
+        cache: the beginning's; each row gets a fork of it.
+        repeats: rows of the fork for each row of the batch.
+        later: whether ids and positions are those of what is behind alone, for `model(...)`; else of everything.
     """
     if cache.state.shift is not None:
-        raise ValueError("a policy moves the positions of this prompt's tokens: call the model on the whole prompt")
-    b, width, device = len(cut.rest), max(map(len, cut.rest)), cut.head.device
-    ids = torch.full((b, width), cut.padding, dtype=cut.head.dtype, device=device)
-    open_ = torch.zeros(b, width, dtype=torch.long, device=device)
+        return "a policy moves the positions of its tokens"
+    b, width, (_, h) = len(cut.rest), max(map(len, cut.rest)), cut.head.shape
+    ids = cut.head.new_full((b, width), cut.padding)
+    open_ = torch.zeros_like(ids)
     for r, row in enumerate(cut.rest):
         ids[r, width - len(row) :], open_[r, width - len(row) :] = row, 1
     before = cache.state.tokens.position_ids
     # Of all axes: a picture's positions may go further on one than its last token does.
-    positions = (before.max() + open_.cumsum(1)) * open_
+    positions = ((before.max() + open_.cumsum(1)) * open_).expand(*before.shape[:-2], -1, -1)
+    if not later:
+        ids = torch.cat([cut.head.expand(b, h), ids], dim=1)
+        positions = torch.cat([before.expand(*before.shape[:-2], b, h), positions], dim=-1)
     return {
         "input_ids": ids,
-        "attention_mask": torch.cat([open_.new_ones(b, cut.head.shape[1]), open_], dim=1),
-        "position_ids": positions.expand(*before.shape[:-2], -1, -1),
-        "past_key_values": cache.fork(torch.zeros(b, dtype=torch.long, device=device)),
+        "attention_mask": torch.cat([open_.new_ones(b, h), open_], dim=1),
+        "position_ids": positions,
+        "past_key_values": cache.fork(ids.new_zeros(b * repeats)),
     }

@@ -320,17 +320,6 @@ class PlannedCache(DynamicCache):
         b = self.state.tokens.batch
         self._select(torch.arange(b, device=self.state.tokens.group.device).repeat_interleave(repeats))
 
-    def repeat_to(self, rows: int) -> None:
-        """Repeat each row until there are so many: `generate` repeats its inputs (beams, several answers), but no cache among them.
-
-        Raises:
-            ValueError: not a multiple of the rows that there are.
-        """
-        have = self.state.tokens.batch
-        if rows % have:
-            raise ValueError(f"this cache continues {have} rows, the inputs have {rows}: pass one input row for each")
-        self.batch_repeat_interleave(rows // have)
-
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; a negative number says how many.
 

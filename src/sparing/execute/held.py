@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -75,12 +75,10 @@ class HeldPictures:
             self._values[layer] = anatomy.value(layer, normed).squeeze(0).transpose(0, 1).contiguous()
         self._places: dict[int, OrderedDict[bytes, Place]] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of states, keys, values, and of the rotated keys that are kept at the moment."""
+    def tensors(self) -> list[Tensor]:
+        """States, keys, values, and the rotated keys that are kept at the moment."""
         kept = [x for places in self._places.values() for place in places.values() for x in place.keys.values()]
-        every = [*self._states.values(), *self.additions.values(), *self._keys.values(), *self._values.values(), *kept]
-        return sum(x.numel() * x.element_size() for x in every)
+        return [*self._states.values(), *self.additions.values(), *self._keys.values(), *self._values.values(), *kept]
 
     def state(self, layer: int) -> Tensor:
         """`[n d]`, what enters a layer: what entered the first, and what was added since."""
@@ -119,3 +117,8 @@ class HeldPictures:
             turned = self._anatomy.rotate(key, *place.angles[kind])
             place.keys[layer] = turned.squeeze(0).transpose(0, 1).contiguous()
         return place.keys[layer]
+
+
+def held_once(tensors: Iterable[Tensor]) -> Iterator[int]:
+    """Bytes of each storage that tensors lie in, views of one counted once."""
+    yield from {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()

@@ -15,10 +15,9 @@ from sparing.anatomy import anatomy_of
 from sparing.anatomy.asking import processed, question_prompt
 from sparing.execute.apply import Run, replace_method, run_of
 from sparing.execute.batches import COUNTS, PICTURES
-from sparing.execute.beginnings import Beginnings, Split, behind, split
-from sparing.execute.cache import PlannedCache
+from sparing.execute.beginnings import Beginning, Beginnings, behind, split
 from sparing.execute.given import Given
-from sparing.execute.held import HeldPicture, HeldPictures
+from sparing.execute.held import HeldPicture, HeldPictures, held_once
 from sparing.plan import Composed, Policy
 from sparing.tokens import Group, TokenMap
 
@@ -40,7 +39,8 @@ class VisionPrefix:
         policy: what the model follows, `ViCA` among it; by default what it already follows (`sparing.load`).
 
     Attributes:
-        flops: operations that encoding took: `encoder`, and `attention_kv` of the reading layers.
+        flops: operations that were spent beforehand: on the `encoder`, on `attention_kv` of the reading layers, and on `beginnings`
+            (`continued`).
 
     Raises:
         ValueError: a text model, no pictures, a processor without pictures, or policies that do not freeze pictures.
@@ -154,7 +154,7 @@ class VisionPrefix:
     @property
     def nbytes(self) -> int:
         """Bytes that the prefix holds, beginnings that were read included."""
-        return self.held.nbytes + self._beginnings.nbytes
+        return sum(held_once([*self.held.tensors(), *self._beginnings.tensors()]))
 
     def inputs(
         self, questions: str | Sequence[str], *, pictures: Sequence[Sequence[int]] | None = None
@@ -230,65 +230,90 @@ class VisionPrefix:
             yield stack.enter_context(run.with_pictures(bound))
 
     def continued(
-        self, inputs: Mapping[str, Tensor], *, pictures: Sequence[Sequence[int]] | None = None
+        self,
+        inputs: Mapping[str, Tensor],
+        *,
+        pictures: Sequence[Sequence[int]] | None = None,
+        later: bool = False,
+        repeats: int = 1,
     ) -> dict[str, Any]:
-        """The same batch behind what all its rows begin with: system prompt and pictures, up to the last image token.
+        """The same batch, going on from what all its rows begin with: system prompt and pictures, up to the last image token.
 
-        That beginning is read the first time; the latest two are kept. A question then costs only the text behind the pictures.
-        Call it inside `apply`, or before; what it returns goes, inside, into `model(...)` or `model.generate(...)`, whose output has
-        only the later ids too. Nothing that has been read has gradients, hidden states or logits any more.
+        That beginning is read the first time; the latest two are kept. A question then costs the text behind the pictures, and its
+        attention. What is returned goes into `model.generate(...)` inside `apply`, once. The beginning's tokens are in no output:
+        no logits, hidden states or gradients. Positions are those that `generate` gives, padding left out.
 
         Args:
-            inputs: from `inputs`, or a batch of the model's processor without pixels; padded on any side.
-            pictures: as for `apply`.
+            inputs: from `inputs`, or a batch of the model's processor without pixels; padded on either side.
+            pictures: for each row the pictures that it shows; by default those named to the `apply` around it, if there is one.
+            later: give ids and positions of what is behind alone, as `model(...)` takes them.
+            repeats: as often as `generate` will repeat each row: the larger of `num_beams` and `num_return_sequences`.
 
         Returns:
-            `input_ids` behind the beginning, padded on the left, with the `attention_mask` of everything, `position_ids`, and
-            `past_key_values`: a cache of this batch's own.
+            `input_ids` (with the padding between beginning and question), `attention_mask`, `position_ids`, and `past_key_values`:
+            a cache of this batch's own.
 
         Raises:
-            ValueError: a policy that looks at later tokens to decide about earlier ones, or rows that do not begin alike.
+            ValueError: rows that do not begin alike or bring more than ids and mask, or a policy that is not causal or looks at more
+                than which tokens are what (`Policy.by_layout`).
         """
+        if isinstance(made := self._continued(inputs, pictures, later, repeats), str):
+            raise ValueError(f"this batch has no common beginning to go on from: {made}; call the model on it as it is")
+        return made
+
+    def _continued(
+        self,
+        inputs: Mapping[str, Tensor],
+        pictures: Sequence[Sequence[int]] | None,
+        later: bool = False,
+        repeats: int = 1,
+    ) -> dict[str, Any] | str:
+        """See `continued`; or why not."""
+        run = run_of(self.model)
+        if run is not None and pictures is None and isinstance(run.pictures, _Bound):
+            pictures = run.pictures.pictures
         shown = self._shown(len(inputs["input_ids"]), pictures)
-        cut = self._cut(inputs, shown)
-        if isinstance(cut, str):
-            raise ValueError(f"this batch has no common beginning to go on from: {cut}; call the model on it as it is")
-        return self._behind(cut, shown[0])
+        if strange := next((p for p in self.policy.parts() if not (p.causal and p.by_layout)), None):
+            return f"{strange!r} decides by more than which tokens are what"
+        if run is not None and run.described:
+            return "sparing.apply(tokens=...) describes whole prompts"
+        if isinstance(cut := split(self.anatomy, inputs, shown), str):
+            return cut
+        with self.apply(pictures=[shown[0]]) as run:
+            under = run.policy.parts()
+            key = (cut.head.cpu().numpy().tobytes(), shown[0], *map(id, under), *_adapters(self.anatomy.decoder))
+            found = self._beginnings.take(key, lambda: self._read(cut.head, shown[0], under))
+        if (memory := self.anatomy.remembers_positions) is not None:
+            # Later turns of a chat are placed by what the latest prompt left there.
+            memory.rope_deltas = found.deltas
+        return behind(cut, found.cache, repeats, later=later)
 
-    def _cut(self, inputs: Mapping[str, Tensor], shown: Sequence[tuple[int, ...]]) -> Split | str:
-        """A batch cut behind its pictures; or why it cannot be."""
-        if not self.policy.causal:
-            late = next(part for part in self.policy.parts() if not part.causal)
-            return f"{late!r} looks at a whole prompt to decide about its pictures"
-        return split(self.anatomy, inputs, shown)
-
-    def _behind(self, cut: Split, shown: tuple[int, ...]) -> dict[str, Any]:
-        """What goes on from the beginning of a batch, read now if it is not kept."""
-
-        def read(head: Tensor) -> PlannedCache:
-            inputs = {"input_ids": head, "attention_mask": torch.ones_like(head), **self.sizes(1, [shown])}
-            if "mm_token_type_ids" in self._takes:
-                is_image: Any = self.anatomy.is_image_token(head)
-                inputs["mm_token_type_ids"] = is_image.long()
-            with torch.no_grad():
-                return self.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-
-        with self.apply(pictures=[shown]):
-            return behind(cut, self._beginnings.take(cut, shown, read))
+    def _read(self, head: Tensor, shown: tuple[int, ...], under: Any) -> Beginning:
+        """Read the beginning `[1 h]` of prompts."""
+        sizes = {name: value.to(head.device) for name, value in self.sizes(1, [shown]).items()}
+        inputs = {"input_ids": head, "attention_mask": torch.ones_like(head), **sizes}
+        if "mm_token_type_ids" in self._takes:
+            is_image: Any = self.anatomy.is_image_token(head)
+            inputs["mm_token_type_ids"] = is_image.long()
+        with torch.no_grad():
+            cache = self.model(**inputs, use_cache=True, logits_to_keep=1, return_dict=True).past_key_values
+        self.flops["beginnings"] = self.flops.get("beginnings", 0) + cache.state.ledger.cost().total
+        memory = self.anatomy.remembers_positions
+        return Beginning(cache, None if memory is None else memory.rope_deltas, under)
 
     def ask(
         self, questions: str | Sequence[str], *, pictures: Sequence[Sequence[int]] | None = None, **generate: Any
     ) -> list[str]:
         """Answers to questions, one batch; `generate` goes to `model.generate` (`max_new_tokens`, ...).
 
-        What all of them begin with is read once, and not again for later questions (see `continued`), where that is possible.
+        What all of them begin with is read once, and is there for later questions (see `continued`), where that is possible.
         """
         inputs: dict[str, Any] = {**self.inputs(questions, pictures=pictures)}
-        shown = self._shown(len(inputs["input_ids"]), pictures)
-        if not isinstance(cut := self._cut(inputs, shown), str):
-            inputs = self._behind(cut, shown[0])
+        made = self._continued(inputs, pictures, repeats=_repeats(self.model, generate))
+        inputs = inputs if isinstance(made, str) else made
         with torch.no_grad(), self.apply(pictures=pictures):
             out = self.model.generate(**inputs, **generate)
+        out = out if isinstance(out, Tensor) else out.sequences
         return self.processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def sizes(self, rows: int, shown: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
@@ -322,7 +347,7 @@ class _Bound:
     """A prefix with the pictures of each row named: what a `Run` asks."""
 
     def __init__(self, prefix: VisionPrefix, pictures: tuple[tuple[int, ...], ...] | None) -> None:
-        self._prefix, self._pictures = prefix, pictures
+        self._prefix, self.pictures = prefix, pictures
 
     def sizes(self, inputs: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
         """What a prompt's pictures are like, which `generate` does not always hand on; `inputs` is what the model was called with."""
@@ -340,10 +365,24 @@ class _Bound:
         return Given(self._prefix.held, tokens, self._shown(tokens.batch, has_pictures))
 
     def _shown(self, rows: int, has_pictures: Tensor | None) -> list[tuple[int, ...]]:
-        shown = self._prefix._shown(rows, self._pictures)
-        if self._pictures is None and has_pictures is not None:
+        shown = self._prefix._shown(rows, self.pictures)
+        if self.pictures is None and has_pictures is not None:
             shown = [row if has else () for row, has in zip(shown, has_pictures.tolist(), strict=True)]
         return shown
+
+
+def _repeats(model: nn.Module, generate: Mapping[str, Any]) -> int:
+    """How many rows `generate` makes of one."""
+    config = generate.get("generation_config") or model.generation_config
+    names = ("num_beams", "num_return_sequences")
+    return max(generate.get(name) or getattr(config, name, None) or 1 for name in names)
+
+
+def _adapters(decoder: nn.Module) -> Iterator[Any]:
+    """Which adapters are at work, where modules have any."""
+    for module in decoder.modules():
+        if (active := getattr(module, "active_adapters", None)) is not None and not callable(active):
+            yield (*active, getattr(module, "disable_adapters", None))
 
 
 def _sign(processor: Any) -> str:

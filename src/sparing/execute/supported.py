@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from sparing.anatomy import Anatomy
+from sparing.plan import Policy
 
 ROW_BOUND = ("_adapter_names_pre_forward_hook", "_alora_offsets_pre_forward_hook")
 """What PEFT hooks on its layers while each row of a batch has an adapter of its own."""
+HARMLESS = ("cache_position", "logits_to_keep", "labels", "num_items_in_batch")
+"""Tensors that a decoder takes and makes nothing of."""
+TEXT_AND_AXES = 4
+"""Rows of M-RoPE positions with those of the text in front."""
+SELECTS = hasattr(output_capturing, "selected_hidden_states")
+"""Whether transformers takes indices in `output_hidden_states` as this library does: from 5.23 on."""
 SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 
 
@@ -81,6 +89,49 @@ def check_rows(anatomy: Anatomy) -> None:
             'adapter_names gives each row of the batch its own adapter, but execute="gathered" packs rows: use '
             'execute="dense", or one batch an adapter with model.set_adapter(name)'
         )
+
+
+def check_capture(execute: str, policy: Policy) -> None:
+    """Raise `ValueError` if passes under a policy cannot be recorded for a layout."""
+    if execute != "gathered":
+        raise ValueError(f'capture=True records what is computed fast: use execute="gathered", not {execute!r}')
+    if other := next((part for part in policy.parts() if not part.by_layout), None):
+        raise ValueError(
+            f"capture=True runs what was recorded for a layout, and {other!r} looks at more than the layout: leave capture out"
+        )
+
+
+def check_arguments(kwargs: dict[str, Any], adds: Sequence[str]) -> None:
+    """Raise `ValueError` if the decoder was handed a tensor that the fast executor would leave out."""
+    for name, value in kwargs.items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if name not in (*HARMLESS, *adds) and any(isinstance(part, Tensor) for part in parts):
+            raise ValueError(f'execute="gathered" does not know what {name} does to the decoder: use execute="dense"')
+
+
+def check_packed(position_ids: Tensor) -> None:
+    """Raise `ValueError` where the stock model would take a row for several sequences; waits for the device once."""
+    if position_ids.ndim == 3:
+        if position_ids.shape[0] != TEXT_AND_AXES:
+            return  # Positions of several axes alone are no sign of packing.
+        position_ids = position_ids[0]
+    if bool((position_ids.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "position_ids with gaps and no attention_mask mean several sequences in a row to transformers: pass "
+            "attention_mask (ones) if each row is one sequence, else one row a sequence, or hide them with LayerPlan.sees"
+        )
+
+
+def selected_states(hidden: tuple[Tensor, ...], keep: bool | int | Sequence[int]) -> tuple[Tensor | None, ...] | None:
+    """The hidden states asked for; where indices were given the others are `None`, as in transformers."""
+    if isinstance(keep, bool) or not keep:
+        return hidden if keep else None
+    if not SELECTS:
+        raise ValueError(
+            f"output_hidden_states={keep!r}: before 5.23 transformers takes indices for something else; pass True and choose"
+        )
+    wanted = {i % len(hidden) for i in ([keep] if isinstance(keep, int) else keep) if -len(hidden) <= i < len(hidden)}
+    return tuple(x if i in wanted else None for i, x in enumerate(hidden))
 
 
 def _refuse_adapters_of_prompts(given: nn.Module, anatomy: Anatomy) -> None:

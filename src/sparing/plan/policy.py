@@ -25,6 +25,8 @@ class Policy(abc.ABC):
     """Whether this changes the result to learn from it (`sparing.ablate`): runs under `dense` only, marked in the ledger."""
     looks_back: bool = False
     """Whether `plan_feed` asks for this layer's `scores` (the executor then keeps the layer's input)."""
+    by_layout: bool = False
+    """Whether it decides by the `TokenMap` alone, so that prompts of one layout are planned alike (`sparing.apply(capture=True)`)."""
     freezes: tuple[Group, ...] = ()
     """Groups whose tokens run no branch in any layer: their keys and values are a function of what they came in as."""
 

@@ -49,7 +49,7 @@ class SkipModules(Policy):
         if self.hide and groups is None and where is None:
             raise ValueError(f"SkipModules(hide={sorted(self.hide)}): say whom to hide with groups= or where=")
         # A selection looks at the whole prompt.
-        self.causal = not isinstance(where, Selection)
+        self.causal = self.by_layout = not isinstance(where, Selection)
 
     def validate(self, shape: ModelShape) -> None:
         """Every named layer must exist."""

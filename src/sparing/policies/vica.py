@@ -30,6 +30,7 @@ class ViCA(Policy):
     """
 
     freezes = (Group.IMAGE,)
+    by_layout = True
 
     def __init__(self, layers: Iterable[int], prefix: str | int = "update", *, blind: bool = False) -> None:
         self.layers = tuple(layers)
