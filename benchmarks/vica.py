@@ -167,9 +167,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def predicted(setting: Setting) -> dict[str, float]:
     """The ratios of `prefill` by counted operations; they are the same for any number of questions."""
     costs = setting.costs()
-    return {
-        f"{name}_by_flops": costs[above] / costs[below] for name, (above, below) in RATIOS.items() if above in costs
-    }
+    return {f"{name}_by_flops": costs[a] / costs[b] for name, (a, b) in RATIOS.items() if {a, b} <= costs.keys()}
 
 
 ARMS = ("oracle", "first", "second", "reread", "text")
