@@ -206,35 +206,52 @@ def test_pictures_in_another_order(name):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_what_it_was_read_under():
-    """A policy that prints alike, and adapters that are switched off: neither goes on from what the other read."""
+    """A policy that was changed, and adapters that are switched off: neither goes on from what the other read."""
     peft = pytest.importorskip("peft")
     model, processor, pictures, _ = held("llava")
-    first, second = (ViCA([0, 2]) & SkipModules([], [1], where=where) for where in (nobody, everybody))
-    prefix = sparing.VisionPrefix(model, processor, pictures, first)
-    assert repr(first) == repr(second)
+    policy = ViCA([0, 2])
+    prefix = sparing.VisionPrefix(model, processor, pictures, policy)
     inputs = prefix.inputs(QUESTIONS)
-    prefix.continued(inputs)
-    with torch.no_grad(), sparing.apply(model, second), prefix.apply():
-        assert relative(answers(model, prefix.continued(inputs))[1], answers(model, inputs)[1]) <= TOLERANCE
+    with torch.no_grad():
+        with prefix.apply():
+            updated = answers(model, prefix.continued(inputs))[1]
+        policy.prefix = "freeze"
+        with prefix.apply():
+            assert relative(answers(model, prefix.continued(inputs))[1], answers(model, inputs)[1]) <= TOLERANCE
+            assert relative(answers(model, inputs)[1], updated) > 100 * TOLERANCE
     tuned = peft.get_peft_model(
         copy.deepcopy(model), peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
     )
     prefix = sparing.VisionPrefix(tuned.eval(), processor, pictures, ViCA([0, 2]))
-    with torch.no_grad():
-        prefix.continued(inputs)
-        with tuned.disable_adapter(), prefix.apply():
-            off = answers(tuned, prefix.continued(inputs))[1]
-            assert relative(off, answers(tuned, inputs)[1]) <= TOLERANCE
-        with prefix.apply():
-            assert relative(answers(tuned, prefix.continued(inputs))[1], off) > 100 * TOLERANCE
+    prefix.continued(inputs)
+    with tuned.disable_adapter():
+        refused = sparing.VisionPrefix(tuned, processor, pictures, ViCA([0, 2]))
+        with pytest.raises(ValueError, match="weights or adapters have changed"):
+            prefix.continued(inputs)
+        assert refused.continued(inputs)
+    with pytest.raises(ValueError, match="weights or adapters have changed"):
+        refused.continued(inputs)
 
 
-def nobody(tokens):
-    return torch.zeros_like(tokens.group, dtype=torch.bool)
-
-
-def everybody(tokens):
-    return ~nobody(tokens)
+def test_modes():
+    """What was read without gradients does not get in the way of them; autocast is refused."""
+    model, processor, pictures, prefix = held("llava")
+    inputs = prefix.inputs(QUESTIONS)
+    with torch.inference_mode(), prefix.apply():
+        first = model(**prefix.continued(inputs, later=True), logits_to_keep=1).logits.clone()
+    with prefix.apply():
+        model(**prefix.continued(inputs, later=True), logits_to_keep=1).logits.sum().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            for call in (
+                lambda: model(**inputs),
+                lambda: prefix.continued(inputs),
+                lambda: sparing.VisionPrefix(model, processor, pictures, ViCA([0, 2])),
+            ):
+                with pytest.raises(ValueError, match="convert the model instead"):
+                    call()
+        again = model(**prefix.continued(inputs, later=True), logits_to_keep=1).logits
+    model.zero_grad()
+    assert relative(again, first) <= TOLERANCE
 
 
 def test_the_latest_are_kept(monkeypatch):
@@ -291,6 +308,9 @@ def test_refusals():
     for policy in (ViCA([0, 1, 2]) & FastV(1, 0.5), ViCA([0, 2]) & DropTokens(groups=[Group.IMAGE], keep=0.5)):
         dropping = sparing.VisionPrefix(model, processor, pictures, policy)
         cases.append((dropping, dropping.inputs("Which?"), {}, "by more than which tokens are what"))
+    chosen = ViCA([0, 2]) & SkipModules([], [1], where=lambda tokens: tokens.ids == 3)
+    chosen = sparing.VisionPrefix(model, processor, pictures, chosen)
+    cases.append((chosen, chosen.inputs("Which?"), {}, "by more than which tokens are what"))
     for which, inputs, how, why in cases:
         with pytest.raises(ValueError, match=why):
             which.continued(inputs, **how)
@@ -307,7 +327,7 @@ def test_refusals():
     stale.continued(inputs)
     with torch.no_grad():
         changed.model.language_model.layers[1].mlp.up_proj.weight.mul_(2)
-    with pytest.raises(ValueError, match="weights have changed"):
+    with pytest.raises(ValueError, match="have changed since"):
         stale.continued(inputs)
 
 

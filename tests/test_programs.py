@@ -122,13 +122,13 @@ def test_without_policies_and_in_bfloat16(planned):
                 with torch.autocast("cpu", torch.bfloat16):
                     assert relative(model(**inputs).logits.float()[mask], expected[mask]) <= 4e-2
             assert len(planned) == 2
-            # Weights may be written to in place; other tensors in their stead are seen.
+            # Weights that are written to, or exchanged, are another model.
             model.model.layers[0].mlp.up_proj.weight.mul_(0.5)
             written = model(**inputs).logits
-            assert len(planned) == 2
+            assert len(planned) == 3
             model.model.layers[0].mlp.up_proj.weight.data = model.model.layers[0].mlp.up_proj.weight.clone() * 3
             replaced = model(**inputs).logits
-            assert len(planned) == 3
+            assert len(planned) == 4
         model.model.layers[0].mlp.up_proj.weight.div_(3)
         assert relative(written[mask], model(**inputs).logits[mask]) <= TOLERANCE
         assert relative(written[mask], expected[mask]) > 100 * TOLERANCE
@@ -154,6 +154,58 @@ def test_what_is_not_recorded(planned):
             model(**inputs, use_cache=False)
             assert len(planned) == 4 + programs.KEPT
     model.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_another_state(planned):
+    """Adapters switched, a policy changed in place, and inference mode; a run that is entered twice goes on with its programs."""
+    peft = pytest.importorskip("peft")
+    inputs, policy = llava_batch("left"), ViCA([0, 2])
+    config = peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(llava()), config).eval()
+    run = sparing.apply(model, policy, capture=True)
+
+    def both():
+        with torch.no_grad():
+            with run:
+                found = [model(**inputs).logits for _ in range(2)]
+            with torch.inference_mode(), run:
+                found.append(model(**inputs).logits.clone())
+            count = len(planned)
+            with sparing.apply(model, policy):
+                expected = model(**inputs).logits
+        for one in found:
+            assert relative(one, expected) <= TOLERANCE
+        return expected, count
+
+    tuned, first = both()
+    with model.disable_adapter():
+        plain, second = both()
+    policy.layers = (1,)
+    other, third = both()
+    assert [first, second, third] == [1, 3, 5]
+    assert relative(tuned, plain) > 100 * TOLERANCE < relative(other, tuned)
+
+
+def test_looking_past_operations():
+    """What is turned into lists or arrays, or asked for its truth, is a value too."""
+    looks = {
+        "list": lambda x: sum(x.flatten().tolist()) > 0,
+        "array": lambda x: x.detach().numpy().sum() > 0,
+        "truth": lambda x: bool(x.sum() > 0),
+    }
+    for mode in (torch.no_grad, torch.inference_mode):
+        for look in looks.values():
+            model = copy.deepcopy(llava())
+            layer = model.model.language_model.layers[1].mlp
+            hook = layer.register_forward_hook(lambda _, __, out, look=look: out * 2 if look(out) else out)
+            with (
+                mode(),
+                sparing.apply(model, ViCA([0]), capture=True),
+                pytest.raises(ValueError, match="looks at values"),
+            ):
+                model(**llava_batch("left"))
+            hook.remove()
 
 
 def test_refusals():

@@ -405,7 +405,7 @@ def test_refusals():
     stale = sparing.VisionPrefix(changed, processor, pictures, policy)
     with torch.no_grad():
         changed.model.language_model.layers[0].self_attn.k_proj.weight.mul_(2)
-    refuse("weights have changed", lambda: stale.apply().__enter__())
+    refuse("have changed since", lambda: stale.apply().__enter__())
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def apply(
         force: run the chosen executor even where no policy has anything to say (the stock forward runs otherwise).
         capture: record the pass of a prompt, and run later prompts of the same layout (which tokens are what, by row) from the
             record, without planning; on a GPU as a CUDA graph. For `gathered`, without gradients, and policies that decide by
-            layout alone (`Policy.by_layout`). While it lasts the model must stay as it is: no other adapters, no new hooks.
+            layout alone (`Policy.by_layout`). Hooks that only look are not called then.
 
     Returns:
         A context manager that yields a `Run`.
@@ -129,6 +129,8 @@ class Run:
                 f"this model is already inside sparing.apply, under {run_of(self.model)!r}: give all policies to one apply "
                 "(they combine with &); sparing.release(model) takes off what sparing.load put there, and returns it"
             )
+        if self._programs is not None:
+            self._programs.enter()
         self._exit = contextlib.ExitStack()
         with self._exit as stack:
             _applied[decoder] = weakref.ref(self)

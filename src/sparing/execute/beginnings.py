@@ -39,12 +39,10 @@ class Beginning:
     Attributes:
         cache: of one row; prompts fork it, and nothing writes to it.
         deltas: what the model remembers of its pictures' positions (`Anatomy.remembers_positions`), if it does.
-        under: what it was read under, kept so that no identity in a key is given out twice.
     """
 
     cache: PlannedCache
     deltas: Tensor | None
-    under: Any
 
 
 class Beginnings:

@@ -18,6 +18,7 @@ from sparing.execute.batches import COUNTS, PICTURES
 from sparing.execute.beginnings import Beginning, Beginnings, behind, split
 from sparing.execute.given import Given
 from sparing.execute.held import HeldPicture, HeldPictures, held_once
+from sparing.execute.supported import Watched
 from sparing.plan import Composed, Policy
 from sparing.tokens import Group, TokenMap
 
@@ -108,6 +109,7 @@ class VisionPrefix:
             )
         shape = anatomy.shape()
         layers = [i for i in range(shape.depth) if not any(part.unread(i) for part in self.policy.parts())]
+        _refuse_autocast(self._device)
         device, dtype = self._device, next(p.dtype for p in model.parameters() if p.is_floating_point())
         inputs = {
             name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
@@ -144,7 +146,7 @@ class VisionPrefix:
         self._sizes = {name: inputs[name] for name in PICTURES if name in inputs and name not in PIXELS}
         self._company = [len(pictures)] * len(pictures) if bounds is not None else [n for n in counts for _ in range(n)]
         self._counted = [name for name in COUNTS if name in inputs]
-        self._weights = _versions(anatomy.decoder)
+        self._weights = Watched(anatomy.decoder).state()
         self._beginnings = Beginnings()
 
     @property
@@ -214,9 +216,9 @@ class VisionPrefix:
             raise ValueError(
                 "a prefix has no gradients: call model.eval(); to train, use sparing.apply on the pictures themselves"
             )
-        if _versions(self.anatomy.decoder) != self._weights:
+        if Watched(self.anatomy.decoder).state() != self._weights:
             raise ValueError(
-                "the model's weights have changed since the pictures were encoded: make a new VisionPrefix"
+                "the model's weights or adapters have changed since the pictures were encoded: make a new VisionPrefix"
             )
         bound = _Bound(self, None if pictures is None else tuple(map(tuple, pictures)))
         run = run_of(self.model)
@@ -273,6 +275,7 @@ class VisionPrefix:
         if run is not None and pictures is None and isinstance(run.pictures, _Bound):
             pictures = run.pictures.pictures
         shown = self._shown(len(inputs["input_ids"]), pictures)
+        _refuse_autocast(self._device)
         if strange := next((p for p in self.policy.parts() if not (p.causal and p.by_layout)), None):
             return f"{strange!r} decides by more than which tokens are what"
         if run is not None and run.described:
@@ -281,25 +284,27 @@ class VisionPrefix:
             return cut
         with self.apply(pictures=[shown[0]]) as run:
             under = run.policy.parts()
-            key = (cut.head.cpu().numpy().tobytes(), shown[0], *map(id, under), *_adapters(self.anatomy.decoder))
-            found = self._beginnings.take(key, lambda: self._read(cut.head, shown[0], under))
+            key = (cut.head.cpu().numpy().tobytes(), shown[0], *map(repr, under))
+            found = self._beginnings.take(key, lambda: self._read(cut.head, shown[0]))
         if (memory := self.anatomy.remembers_positions) is not None:
             # Later turns of a chat are placed by what the latest prompt left there.
             memory.rope_deltas = found.deltas
         return behind(cut, found.cache, repeats, later=later)
 
-    def _read(self, head: Tensor, shown: tuple[int, ...], under: Any) -> Beginning:
-        """Read the beginning `[1 h]` of prompts."""
+    def _read(self, head: Tensor, shown: tuple[int, ...]) -> Beginning:
+        """Read the beginning `[1 h]` of prompts, as something that later questions in any mode may go on from."""
+        with torch.inference_mode(False), torch.no_grad():
+            head = head.clone()
         sizes = {name: value.to(head.device) for name, value in self.sizes(1, [shown]).items()}
         inputs = {"input_ids": head, "attention_mask": torch.ones_like(head), **sizes}
         if "mm_token_type_ids" in self._takes:
             is_image: Any = self.anatomy.is_image_token(head)
             inputs["mm_token_type_ids"] = is_image.long()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             cache = self.model(**inputs, use_cache=True, logits_to_keep=1, return_dict=True).past_key_values
         self.flops["beginnings"] = self.flops.get("beginnings", 0) + cache.state.ledger.cost().total
         memory = self.anatomy.remembers_positions
-        return Beginning(cache, None if memory is None else memory.rope_deltas, under)
+        return Beginning(cache, None if memory is None else memory.rope_deltas)
 
     def ask(
         self, questions: str | Sequence[str], *, pictures: Sequence[Sequence[int]] | None = None, **generate: Any
@@ -361,6 +366,7 @@ class _Bound:
             raise ValueError(
                 "the inputs bring pictures of their own into a prompt whose pictures come from a VisionPrefix: leave pixel_values out"
             )
+        _refuse_autocast(tokens.group.device)
         has_pictures = torch.tensor([bool(row) for row in tokens.images])
         return Given(self._prefix.held, tokens, self._shown(tokens.batch, has_pictures))
 
@@ -378,20 +384,16 @@ def _repeats(model: nn.Module, generate: Mapping[str, Any]) -> int:
     return max(generate.get(name) or getattr(config, name, None) or 1 for name in names)
 
 
-def _adapters(decoder: nn.Module) -> Iterator[Any]:
-    """Which adapters are at work, where modules have any."""
-    for module in decoder.modules():
-        if (active := getattr(module, "active_adapters", None)) is not None and not callable(active):
-            yield (*active, getattr(module, "disable_adapters", None))
+def _refuse_autocast(device: torch.device) -> None:
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "autocast casts what layers compute, but not the keys that a VisionPrefix holds: leave it, and convert the model instead "
+            "(model.to(torch.bfloat16)) before the pictures are encoded"
+        )
 
 
 def _sign(processor: Any) -> str:
     return getattr(processor, "image_token", "<image>")
-
-
-def _versions(decoder: nn.Module) -> tuple[Any, ...]:
-    """Changes when a weight of the decoder is written to, moved or converted."""
-    return tuple((p.device, p.dtype, p.data_ptr(), p._version) for p in decoder.parameters() if not p.is_inference())
 
 
 def _entering(anatomy: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:

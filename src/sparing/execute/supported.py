@@ -197,3 +197,30 @@ class OneThread:
                 self._lock.release()
 
         return torch.compiler.disable(alone)
+
+
+class Watched:
+    """A decoder whose state is looked at again and again: weights, adapters, mode.
+
+    Args:
+        decoder: its modules are listed now.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self._modules = list(decoder.modules())
+        self._parameters = list(decoder.parameters())
+        adapted = [m for m in self._modules if not callable(getattr(m, "active_adapters", len))]
+        self._adapted: list[Any] = adapted
+        self.offloaded = any(p.is_meta for p in self._parameters)
+
+    def state(self) -> tuple[Any, ...]:
+        """Changes when a weight is written to, moved or converted, an adapter is switched, or a module changes its mode."""
+        return (
+            *((p.device, p.dtype, p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._parameters),
+            *(
+                (*m.active_adapters, getattr(m, "disable_adapters", None), getattr(m, "merged", None))
+                for m in self._adapted
+            ),
+            sum(m.training for m in self._modules),
+            len(self._modules),
+        )

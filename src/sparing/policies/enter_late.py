@@ -43,7 +43,9 @@ class EnterLate(Policy):
         check_where(where, "EnterLate(where=...)")
         self.entry, self.exit, self.groups, self.where = entry, exit, tuple(groups), where
         # A selection looks at the whole prompt.
-        self.causal = self.by_layout = not isinstance(where, Selection)
+        self.causal = not isinstance(where, Selection)
+        # A function may look at ids and positions too, and sees one pass at a time.
+        self.by_layout = where is None
 
     def validate(self, shape: ModelShape) -> None:
         """Entry and exit must lie within the model (at its depth: never, or to the end)."""

@@ -49,7 +49,9 @@ class SkipModules(Policy):
         if self.hide and groups is None and where is None:
             raise ValueError(f"SkipModules(hide={sorted(self.hide)}): say whom to hide with groups= or where=")
         # A selection looks at the whole prompt.
-        self.causal = self.by_layout = not isinstance(where, Selection)
+        self.causal = not isinstance(where, Selection)
+        # A function may look at ids and positions too, and sees one pass at a time.
+        self.by_layout = where is None
 
     def validate(self, shape: ModelShape) -> None:
         """Every named layer must exist."""
