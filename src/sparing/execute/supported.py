@@ -208,7 +208,7 @@ class Watched:
 
     def __init__(self, decoder: nn.Module) -> None:
         self._modules = list(decoder.modules())
-        self._parameters = list(decoder.parameters())
+        self._parameters = [p for m in self._modules for p in m._parameters.values() if p is not None]
         adapted = [m for m in self._modules if not callable(getattr(m, "active_adapters", len))]
         self._adapted: list[Any] = adapted
         self.offloaded = any(p.is_meta for p in self._parameters)
