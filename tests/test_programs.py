@@ -1,6 +1,10 @@
 """`sparing.apply(capture=True)`: prompts of a layout that was recorded equal those that are planned, without planning."""
 
+import contextlib
 import copy
+import gc
+import types
+import weakref
 
 import pytest
 import torch
@@ -222,3 +226,36 @@ def test_refusals():
         pytest.raises(ValueError, match="looks at values"),
     ):
         experts(**text_batch("left"))
+
+
+def test_what_surrounds_a_cuda_graph(monkeypatch):
+    """Without a GPU: inputs go into the graph's own, outputs come out as copies, and what the graph points at stays alive."""
+    nothing = types.SimpleNamespace(wait_stream=lambda _: None)
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: nothing)
+    replayed = types.SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: replayed)
+    table = torch.arange(6.0).view(3, 2)
+
+    def record(x):
+        with programs._Tape() as tape:
+            return programs.program(tape, [x], [x.mul_(2) @ table.T, x])
+
+    program = record(torch.ones(1, 2))
+    captured, alive = programs._CudaGraph(program, [torch.ones(1, 2)]), weakref.ref(program)
+    del program
+    gc.collect()
+    program, out, inputs = alive(), captured._outputs, captured._inputs
+    assert program is not None
+
+    def replay():
+        for kept, new in zip(out, program(*inputs), strict=True):
+            kept.copy_(new)
+
+    replayed.replay = replay
+    first = captured(torch.tensor([[1.0, 0.0]]))
+    second = captured(torch.tensor([[0.0, 1.0]]))
+    assert first[0].tolist() == [[0.0, 4.0, 8.0]]
+    assert second[0].tolist() == [[2.0, 6.0, 10.0]]
