@@ -84,11 +84,16 @@ def load(
     return model, _load_processor(path, text=text_only, trust=trust, kwargs=kwargs)
 
 
-def refuse_remote_code(path: str, trust: bool | None, kwargs: Mapping[str, Any] | None = None) -> None:
-    """Raise `ValueError` if a folder or hub id asks to run its own code, and the user has said neither yes nor no."""
+def refuse_remote_code(
+    path: str, trust: bool | None, kwargs: Mapping[str, Any] | None = None, *, model: bool = True
+) -> None:
+    """Raise `ValueError` if a folder or hub id asks to run its own code, and the user has said neither yes nor no.
+
+    `model`: whether a model is loaded from there, which cannot be without a `config.json`.
+    """
     if trust is not None:
         return
-    for file in _configs(path, kwargs or {}):
+    for file in _configs(path, kwargs or {}, model):
         try:
             asks = _asks_for_code(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError):
@@ -101,7 +106,7 @@ def refuse_remote_code(path: str, trust: bool | None, kwargs: Mapping[str, Any] 
             )
 
 
-def _configs(path: str, kwargs: Mapping[str, Any]) -> Iterator[Path]:
+def _configs(path: str, kwargs: Mapping[str, Any], model: bool) -> Iterator[Path]:
     """The files that could ask: of the folder, or fetched from the hub."""
     if Path(path).exists():
         yield from (file for name in CONFIGS if (file := Path(path) / name).is_file())
@@ -121,6 +126,8 @@ def _configs(path: str, kwargs: Mapping[str, Any]) -> Iterator[Path]:
             return  # no such id: said better by the stock loader
         if found is not None:
             yield Path(found)
+        elif model and name == CONFIGS[0]:
+            return  # a model needs it, and without a network each further file would be waited for
 
 
 def _of_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def load_as(
             f"{path} asks to run its own code, which no checkpoint with policies does: save it again from a model of a known "
             f"family ({known})"
         )
-    refuse_remote_code(str(processor), trust_remote_code)
+    refuse_remote_code(str(processor), trust_remote_code, model=False)
     if name not in known_families():
         raise ValueError(f"unknown model family {name!r}; known families: {known}")
     try:
