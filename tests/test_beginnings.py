@@ -279,12 +279,7 @@ def test_the_latest_are_kept(monkeypatch):
     assert one > before
     assert [ask(systems[1]), ask(systems[0]), ask(systems[2]), ask(systems[0]), ask(systems[1])] == [1, 0, 1, 0, 1]
     assert prefix.flops["beginnings"] > 0
-    own = [
-        x
-        for kept in prefix._beginnings._kept.values()
-        for layer in kept.cache.layers
-        for x in (layer.keys, layer.values)
-    ]
+    own = [x for kept in prefix._beginnings.values() for layer in kept.cache.layers for x in (layer.keys, layer.values)]
     assert prefix.nbytes - before >= sum(x.nbytes for x in own)
 
 

@@ -1,10 +1,9 @@
-"""`Beginnings`: what prompts about held pictures begin with, system prompt and pictures, read once and gone on from."""
+"""`Beginning`: what prompts about held pictures begin with, system prompt and pictures, read once and gone on from."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from sparing.anatomy import Anatomy
 from sparing.execute.batches import COUNTS, PICTURES, ROWS
 from sparing.execute.cache import PlannedCache, RaggedLayer
+from sparing.execute.latest import Latest
 
 KEPT = 2
 """So many beginnings are kept, the latest ones."""
@@ -25,16 +25,18 @@ class Split(NamedTuple):
         head: `[1 h]`, ids of the beginning, up to the last image token.
         rest: ids behind it, by row; at least one each.
         padding: an id of the batch's padding; 0 where it has none.
+        name: the beginning's ids as bytes.
     """
 
     head: Tensor
     rest: list[Tensor]
     padding: int
+    name: bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """One that was read.
+    """One that was read. Under policies that are causal and decide by layout alone nothing behind it changes it.
 
     Attributes:
         cache: of one row; prompts fork it, and nothing writes to it.
@@ -45,29 +47,13 @@ class Beginning:
     deltas: Tensor | None
 
 
-class Beginnings:
-    """The latest beginnings. Under policies that are causal and decide by layout alone nothing behind a beginning changes it."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Any, ...], Beginning] = OrderedDict()
-
-    def tensors(self) -> list[Tensor]:
-        """All that is kept; keys and values of pictures among it, of which most are the prefix's own."""
-        layers = [layer for kept in self._kept.values() for layer in kept.cache.layers]
-        found: list[Tensor | None] = []
-        for layer in layers:
-            assert isinstance(layer, RaggedLayer)
-            found += [layer.keys, layer.values, *(x for part in layer.given for x in (*part.keys, *part.values))]
-        return [x for x in found if x is not None]
-
-    def take(self, key: tuple[Any, ...], read: Callable[[], Beginning]) -> Beginning:
-        """A beginning; `read` makes it where it is not kept."""
-        if key not in self._kept:
-            self._kept[key] = read()
-        self._kept.move_to_end(key)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+def tensors(beginnings: Latest[Beginning]) -> list[Tensor]:
+    """All that is kept; keys and values of pictures among it, of which most are the prefix's own."""
+    found: list[Tensor | None] = []
+    for layer in (layer for kept in beginnings.values() for layer in kept.cache.layers):
+        assert isinstance(layer, RaggedLayer)
+        found += [layer.keys, layer.values, *(x for part in layer.given for x in (*part.keys, *part.values))]
+    return [x for x in found if x is not None]
 
 
 def split(anatomy: Anatomy, inputs: Mapping[str, Tensor], shown: Sequence[tuple[int, ...]]) -> Split | str:
@@ -101,7 +87,8 @@ def split(anatomy: Anatomy, inputs: Mapping[str, Tensor], shown: Sequence[tuple[
     if len({len(row) for row in rows}) > 1 and any(layer.window is not None for layer in anatomy.shape().layers):
         return "its questions differ in length, and padding between pictures and question would count in the model's windows"
     padding = ids[~mask & ~found]
-    return Split(head[None].to(device), [row[stop:].to(device) for row in rows], int(padding[0]) if len(padding) else 0)
+    rest = [row[stop:].to(device) for row in rows]
+    return Split(head[None].to(device), rest, int(padding[0]) if len(padding) else 0, head.numpy().tobytes())
 
 
 def behind(cut: Split, cache: PlannedCache, repeats: int, *, later: bool) -> dict[str, Any] | str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
 from sparing.anatomy import Anatomy
+from sparing.execute.latest import Latest
 from sparing.tokens import ImageSpan
 
 PLACES = 2
@@ -73,7 +73,7 @@ class HeldPictures:
             normed = anatomy.attention_norm(layer)(self.state(layer).unsqueeze(0))
             self._keys[layer] = anatomy.key(layer, normed)
             self._values[layer] = anatomy.value(layer, normed).squeeze(0).transpose(0, 1).contiguous()
-        self._places: dict[int, OrderedDict[bytes, Place]] = {}
+        self._places: dict[int, Latest[Place]] = {}
 
     def tensors(self) -> list[Tensor]:
         """States, keys, values, and the rotated keys that are kept at the moment."""
@@ -90,14 +90,8 @@ class HeldPictures:
 
     def place(self, picture: int, positions: Tensor) -> Place:
         """A picture at positions `[s]` (or `[axes s]`), on the host; the same object where it lately was there before."""
-        kept = self._places.setdefault(picture, OrderedDict())
-        key = positions.numpy().tobytes()
-        if key not in kept:
-            kept[key] = Place(picture, positions.to(self._states[0].device))
-        kept.move_to_end(key)
-        while len(kept) > PLACES:
-            kept.popitem(last=False)
-        return kept[key]
+        kept = self._places.setdefault(picture, Latest(PLACES))
+        return kept.take(positions.numpy().tobytes(), lambda: Place(picture, positions.to(self._states[0].device)))
 
     def keys(self, layer: int, places: Sequence[Place]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Rotated keys, and values, `[kv_heads s head_dim]` of each picture in its place."""

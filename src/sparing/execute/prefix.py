@@ -15,9 +15,10 @@ from sparing.anatomy import anatomy_of
 from sparing.anatomy.asking import processed, question_prompt
 from sparing.execute.apply import Run, replace_method, run_of
 from sparing.execute.batches import COUNTS, PICTURES
-from sparing.execute.beginnings import Beginning, Beginnings, behind, split
+from sparing.execute.beginnings import KEPT, Beginning, behind, split, tensors
 from sparing.execute.given import Given
 from sparing.execute.held import HeldPicture, HeldPictures, held_once
+from sparing.execute.latest import Latest
 from sparing.execute.supported import Watched
 from sparing.plan import Composed, Policy
 from sparing.tokens import Group, TokenMap
@@ -147,7 +148,7 @@ class VisionPrefix:
         self._company = [len(pictures)] * len(pictures) if bounds is not None else [n for n in counts for _ in range(n)]
         self._counted = [name for name in COUNTS if name in inputs]
         self._weights = Watched(anatomy.decoder).state()
-        self._beginnings = Beginnings()
+        self._beginnings: Latest[Beginning] = Latest(KEPT)
 
     @property
     def _device(self) -> torch.device:
@@ -156,7 +157,7 @@ class VisionPrefix:
     @property
     def nbytes(self) -> int:
         """Bytes that the prefix holds, beginnings that were read included."""
-        return sum(held_once([*self.held.tensors(), *self._beginnings.tensors()]))
+        return sum(held_once([*self.held.tensors(), *tensors(self._beginnings)]))
 
     def inputs(
         self, questions: str | Sequence[str], *, pictures: Sequence[Sequence[int]] | None = None
@@ -189,9 +190,7 @@ class VisionPrefix:
             texts.append(first + "".join(self._words[p] + piece for p, piece in zip(row, rest, strict=True)))
         made = processed(self.processor.tokenizer, texts, (), padding=True, padding_side="left")
         found = {name: value for name, value in made.items() if name in self._takes}
-        if "mm_token_type_ids" in self._takes:
-            is_image: Any = self.anatomy.is_image_token(found["input_ids"])
-            found["mm_token_type_ids"] = is_image.long()
+        found |= self._kinds(found["input_ids"])
         device = self._device
         return {name: value.to(device) for name, value in {**found, **self.sizes(len(questions), shown)}.items()}
 
@@ -284,7 +283,7 @@ class VisionPrefix:
             return cut
         with self.apply(pictures=[shown[0]]) as run:
             under = run.policy.parts()
-            key = (cut.head.cpu().numpy().tobytes(), shown[0], *map(repr, under))
+            key = (cut.name, shown[0], *map(repr, under))
             found = self._beginnings.take(key, lambda: self._read(cut.head, shown[0]))
         if (memory := self.anatomy.remembers_positions) is not None:
             # Later turns of a chat are placed by what the latest prompt left there.
@@ -296,10 +295,7 @@ class VisionPrefix:
         with torch.inference_mode(False), torch.no_grad():
             head = head.clone()
         sizes = {name: value.to(head.device) for name, value in self.sizes(1, [shown]).items()}
-        inputs = {"input_ids": head, "attention_mask": torch.ones_like(head), **sizes}
-        if "mm_token_type_ids" in self._takes:
-            is_image: Any = self.anatomy.is_image_token(head)
-            inputs["mm_token_type_ids"] = is_image.long()
+        inputs = {"input_ids": head, "attention_mask": torch.ones_like(head), **sizes, **self._kinds(head)}
         with torch.inference_mode(False), torch.no_grad():
             cache = self.model(**inputs, use_cache=True, logits_to_keep=1, return_dict=True).past_key_values
         self.flops["beginnings"] = self.flops.get("beginnings", 0) + cache.state.ledger.cost().total
@@ -327,6 +323,11 @@ class VisionPrefix:
         order = [p for row in shown for p in row]
         found = {name: value[order] for name, value in self._sizes.items()} if order else {}
         return found | {name: torch.tensor([len(row) for row in shown]) for name in self._counted}
+
+    def _kinds(self, ids: Tensor) -> dict[str, Tensor]:
+        """Which tokens are of pictures, for a model that is told."""
+        is_image: Any = self.anatomy.is_image_token(ids)
+        return {"mm_token_type_ids": is_image.long()} if "mm_token_type_ids" in self._takes else {}
 
     def _shown(self, rows: int, pictures: Sequence[Sequence[int]] | None) -> list[tuple[int, ...]]:
         """Which pictures each of so many rows shows."""

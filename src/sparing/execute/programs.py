@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparing.anatomy import Anatomy
 from sparing.execute.cache import RaggedLayer
 from sparing.execute.gathered import Gathered
+from sparing.execute.latest import Latest
 from sparing.execute.planning import Pass
 from sparing.execute.supported import Watched
 
@@ -41,7 +41,7 @@ class Programs:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
-        self._kept: OrderedDict[tuple[Any, ...], _Recorded] = OrderedDict()
+        self._kept: Latest[_Recorded] = Latest(KEPT)
         self._state: Any = None
         self._watched: Watched | None = None
 
@@ -62,15 +62,9 @@ class Programs:
         if (state := self._watched.state()) != self._state:
             self._kept.clear()
             self._state = state
-        key = _key(run, held[0], keep_last)
-        found = self._kept.get(key)
-        if found is None:
-            found = self._kept[key] = _Recorded(executor, run, held, keep_last)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-            return found.first()
-        self._kept.move_to_end(key)
-        return found.again(run, held.pop())
+        found = self._kept.take(_key(run, held[0], keep_last), lambda: _Recorded(executor, run, held, keep_last))
+        # Recording has used what was held.
+        return found.again(run, held.pop()) if held else found.first()
 
 
 def _key(run: Pass, x: Tensor, keep_last: int | None) -> tuple[Any, ...]:
