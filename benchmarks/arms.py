@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -180,29 +180,36 @@ class ViCAOracle:
 
 
 def interleave(
-    arms: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1, gave: dict[str, object] | None = None
+    arms: dict[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    gave: dict[str, object] | None = None,
+    at_most: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each arm, one after the other in every round, so that drifts of the machine hit all alike.
 
-    `gave` is filled with what each arm returned in the last round.
+    `gave` is filled with what each arm returned last. Arms in `at_most` are slow, and run in the first so many rounds alone.
     """
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in arms}
+    last = {name: min(rounds, (at_most or {}).get(name, rounds)) - 1 for name in arms}
     with torch.no_grad():
-        for round_ in range(warm_up + rounds):
+        for round_ in range(-warm_up, rounds):
             for name, arm in arms.items():
+                if round_ > last[name]:
+                    continue
                 synchronize()
                 begin = time.perf_counter()
                 out = arm()
                 synchronize()
-                if round_ >= warm_up:
+                if round_ >= 0:
                     seconds[name].append(time.perf_counter() - begin)
-                if gave is not None and round_ == warm_up + rounds - 1:
+                if gave is not None and round_ == last[name]:
                     gave[name] = out
                 del out
     return seconds
 
 
 def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
-    """Median over the rounds of one arm's time over another's."""
-    return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+    """Median over the rounds that ran both of one arm's time over another's."""
+    return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=False))
