@@ -268,13 +268,15 @@ def keep(runs: dict, begin: float, options) -> None:
 
 
 def finish(figures: dict[str, float], reach: dict, runs: dict, begin: float, options) -> None:
-    """Print each figure with its reach and write the JSON."""
+    """Print each figure with its reach, and each reach without a figure, and write the JSON."""
     for name, value in figures.items():
         sign, bound = reach.get(name, ("", None))
         reached = (
             "" if bound is None else ("ok" if (value <= bound if sign == "<=" else value >= bound) else "NOT REACHED")
         )
-        print(f"{name:32} {value:10.4g}  {sign} {'' if bound is None else bound:<6} {reached}")
+        print(f"{name:36} {value:10.4g}  {sign} {'' if bound is None else bound:<6} {reached}")
+    for name in reach.keys() - figures.keys():
+        print(f"{name:36} NOT MEASURED")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, {"figures": figures, **_record(runs, begin, options)})

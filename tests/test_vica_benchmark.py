@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu_vica  # noqa: E402
 import vica  # noqa: E402
 from arms import build  # noqa: E402
 
@@ -51,7 +52,7 @@ def test_shrunk_on_any_machine(tmp_path):
     command = [sys.executable, script, "--shrink", "--json", tmp_path / "out.json"]
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=250)
     written = json.loads((tmp_path / "out.json").read_text())
-    assert set(vica.REACH) <= set(written["figures"])
+    assert {*vica.REACH, *gpu_vica.REACH, "vica_captured_vs_dense_b8_half_the_text"} <= set(written["figures"])
     cell = written["runs"]["grid"]["v16_b2"]
     assert set(cell["prefill_ms"]) == {"dense", "text", "vica", "fastv", "pyramid_drop", "second"}
     assert set(cell["decode_ms_a_token"]) == set(cell["end_to_end_ms"]) == set(cell["prefill_ms"])
