@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sparing import zoo
 from sparing.evaluate.task import Figure, NotApplicable, Outcome, Subject, Task
-from sparing.study.methods import Method, Prepared
-from sparing.study.training import Training
+from sparing.study.methods.method import Method, Prepared
+from sparing.study.trainings.training import Training
 
 PAGE = Path(zoo.__file__).parent / "pages" / "arithmetic.txt"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sparing.evaluate.task import Figure, Outcome
 from sparing.study.cells import Cell
-from sparing.study.methods import Dense
+from sparing.study.methods.policy import Dense
 from sparing.study.spec import ModelEntry, Variant
 from sparing.study.store import Result, Store
 

@@ -10,8 +10,8 @@ from sparing.evaluate.task import NotApplicable, Subject
 from sparing.policies import DropTokens, FastV, SparseVLM
 from sparing.policies.budget import visual_share
 from sparing.policies.vica import ViCA
-from sparing.study.budget_methods import AtVisualCost
-from sparing.study.methods import known_methods
+from sparing.study.methods.known import known_methods
+from sparing.study.methods.visual_cost import AtVisualCost
 
 SIZES = {"pictures": 100, "text": 8}
 

@@ -12,8 +12,8 @@ from sparing.evaluate.task import NotApplicable, Subject
 from sparing.evaluate.tasks.scene_lens import SceneLensTask
 from sparing.evaluate.tasks.scene_transplant import SceneTransplantTask, drawn_pairs
 from sparing.evaluate.tasks.scenes import ScenesTask
-from sparing.study.scene_training import SceneTraining
-from sparing.study.token_methods import TokenClass, profile_of
+from sparing.study.methods.tokens import TokenClass, profile_of
+from sparing.study.trainings.scenes import SceneTraining
 from sparing.worlds.opening import scene_files, scene_world
 from sparing.worlds.real_scenes import DIGITS, TASKS
 from sparing.zoo.scene_course import SceneCourse

@@ -11,7 +11,7 @@ import sparing
 from sparing import zoo
 from sparing.evaluate.task import Subject
 from sparing.policies import EnterLate
-from sparing.study.scene_training import SceneTraining, TwoSceneStages, _Turns, turns_of
+from sparing.study.trainings.scenes import SceneTraining, TwoSceneStages, _Turns, turns_of
 from sparing.train.turns import IGNORED
 from sparing.worlds import scenes
 

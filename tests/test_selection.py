@@ -17,7 +17,7 @@ from sparing.execute import check_policy
 from sparing.execute.batches import pad_rows, split_rows
 from sparing.plan import Selection
 from sparing.policies import DropTokens, EnterLate, FastV, OfClass, SkipModules, ViCA
-from sparing.study.methods import UsePolicy
+from sparing.study.methods.policy import UsePolicy
 from sparing.tokens import Group, ImageSpan, TokenMap, TokenProfile
 
 CLASSES = ("dead", "vit_sink")

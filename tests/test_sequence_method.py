@@ -10,11 +10,13 @@ import sparing
 from sparing import zoo
 from sparing.evaluate.task import NotApplicable, Subject
 from sparing.policies import DivPrune, ViCA
-from sparing.study import Study, read_study, vica_methods
-from sparing.study.methods import UsePolicy, known_methods
-from sparing.study.sequence_method import InSequence
+from sparing.study import Study, read_study
+from sparing.study.methods import vica
+from sparing.study.methods.known import known_methods
+from sparing.study.methods.policy import UsePolicy
+from sparing.study.methods.sequence import InSequence
+from sparing.study.methods.vica import SelectedViCA
 from sparing.study.shrinking import smaller
-from sparing.study.vica_methods import SelectedViCA
 
 PARTS = (
     {"use": "vica_selected", "with": {"by": "cosine", "budget": 2, "per_task": 4}},
@@ -37,7 +39,7 @@ tasks: {answers: {use: scenes, with: {per_task: 1, tasks: [shape]}}}
 
 @pytest.fixture(autouse=True)
 def no_measurements(monkeypatch):
-    monkeypatch.setattr(vica_methods, "_STORES", {})
+    monkeypatch.setattr(vica, "_STORES", {})
 
 
 def test_each_acts_on_what_the_one_before_made():

@@ -17,10 +17,10 @@ from sparing import zoo
 from sparing.evaluate.task import Figure, Outcome
 from sparing.evaluate.tasks import registry
 from sparing.study import Store, Study, read_study
-from sparing.study import methods as methods_room
-from sparing.study import training as training_room
 from sparing.study.cells import cells_of
+from sparing.study.methods import known as methods_room
 from sparing.study.store import Result
+from sparing.study.trainings import known as training_room
 from study_cases import PAGE, SMALL, Counting, Halve, NormMean, Nudge, written
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -33,8 +33,7 @@ def toys(monkeypatch):
     found = {**tasks, "counting": Counting, "norm": NormMean}
     monkeypatch.setattr("sparing.study.spec.known_tasks", lambda: found)
     monkeypatch.setattr(methods_room, "OURS", {**methods_room.OURS, "halve": Halve})
-    found_trainings = {**training_room.ours(), "nudge": Nudge}
-    monkeypatch.setattr(training_room, "ours", lambda: found_trainings)
+    monkeypatch.setattr(training_room, "OURS", {**training_room.OURS, "nudge": Nudge})
 
 
 def study(tmp_path: Path, methods: str, tasks: str, more: str = "") -> Study:

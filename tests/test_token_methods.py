@@ -8,9 +8,9 @@ from models import llama
 from sparing import zoo
 from sparing.evaluate.task import NotApplicable, Subject
 from sparing.policies import DropTokens, OfClass
-from sparing.study import token_methods
-from sparing.study.methods import known_methods
-from sparing.study.token_methods import Ablation, TokenClass, profile_of
+from sparing.study.methods import tokens as token_methods
+from sparing.study.methods.known import known_methods
+from sparing.study.methods.tokens import Ablation, TokenClass, profile_of
 from sparing.tokens import Group, TokenProfile
 from sparing.tokens.profile import Anchor
 from sparing.worlds.scenes import WORLD

@@ -10,10 +10,11 @@ from processors import family
 from sparing import zoo
 from sparing.evaluate.task import NotApplicable, Subject
 from sparing.policies import ViCA
-from sparing.study import Study, vica_methods
-from sparing.study.methods import known_methods
-from sparing.study.scene_training import SceneTraining
-from sparing.study.vica_methods import SelectedViCA
+from sparing.study import Study
+from sparing.study.methods import vica
+from sparing.study.methods.known import known_methods
+from sparing.study.methods.vica import SelectedViCA
+from sparing.study.trainings.scenes import SceneTraining
 
 STUDY = """
 study: reading
@@ -37,7 +38,7 @@ def shipped():
 
 @pytest.fixture(autouse=True)
 def no_measurements(monkeypatch):
-    monkeypatch.setattr(vica_methods, "_STORES", {})
+    monkeypatch.setattr(vica, "_STORES", {})
 
 
 def test_it_is_known_to_studies():
@@ -59,7 +60,7 @@ def test_a_larger_budget_goes_on_where_a_smaller_one_ended(tmp_path):
     subject = Subject(*family("llava"))
     images = folder(tmp_path / "pictures")
     small = SelectedViCA(budget=1, images=images).prepare(subject, seed=0)
-    (store,) = vica_methods._STORES.values()
+    (store,) = vica._STORES.values()
     taken = store.taken
     large = SelectedViCA(budget=2, images=images).prepare(subject, seed=0)
     assert large.details["order"][:1] == small.details["order"]
@@ -108,7 +109,7 @@ def test_arms_are_trained_on_equal_data(tmp_path, monkeypatch):
     train = SceneTraining.train
 
     def watched(self, subject, *, seed, folder, on_step=None):
-        from sparing.study.scene_training import _Turns
+        from sparing.study.trainings.scenes import _Turns
 
         batches = [_Turns(self, subject, seed)[i]["input_ids"].tolist() for i in range(self.steps)]
         seen.setdefault(seed, []).append(batches)

@@ -238,7 +238,7 @@ def _made(settings: dict[str, Any], shared: dict[str, Any], allow_code: bool) ->
 
 def _policies(given: str, execute: Literal["gathered", "dense"]) -> list[Any]:
     """The policies of `--policy`: {name: arguments}, or a list as `sparing.json` has it."""
-    from sparing.study.methods import UsePolicy
+    from sparing.study.methods.policy import UsePolicy
 
     found = _json(given, "--policy")
     if isinstance(found, dict) and "class" in found:

@@ -20,7 +20,7 @@ from sparing.checkpoint import load, release, save
 from sparing.evaluate.task import NotApplicable, Progress, Subject
 from sparing.execute import run_of
 from sparing.study.cells import Cell
-from sparing.study.methods import Prepared
+from sparing.study.methods.method import Prepared
 from sparing.study.shrinking import stand_in
 from sparing.study.store import Result
 

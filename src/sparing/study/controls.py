@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparing.checkpoint.registry import known_policies
-from sparing.study.methods import UsePolicy
+from sparing.study.methods.policy import UsePolicy
 from sparing.study.yaml_lines import Place
 
 if TYPE_CHECKING:

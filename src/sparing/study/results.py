@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparing.study.methods import RandomSkip, known_methods
+from sparing.study.methods.known import known_methods
+from sparing.study.methods.skipping import RandomSkip
 from sparing.study.store import Store, Stored
 from sparing.study.study import RESULTS
 

@@ -15,10 +15,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from sparing.evaluate.tasks import known_tasks
 from sparing.study.controls import Pairs, matched_controls
-from sparing.study.methods import UsePolicy, known_methods, method_maker
+from sparing.study.methods.known import known_methods, method_maker
+from sparing.study.methods.policy import UsePolicy
 from sparing.study.names import made, placed, unknown
 from sparing.study.shrinking import smaller
-from sparing.study.training import known_trainings
+from sparing.study.trainings.known import known_trainings
 from sparing.study.yaml_lines import Place, line_of, read_yaml
 
 T = TypeVar("T")

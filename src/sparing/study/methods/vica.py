@@ -16,7 +16,7 @@ from sparing.evaluate.reading_layers import Budget, added_features, check_sees, 
 from sparing.evaluate.task import NotApplicable, Progress, Subject
 from sparing.evaluate.tasks.scenes import check_speaks
 from sparing.execute import apply
-from sparing.study.methods import Method, Prepared
+from sparing.study.methods.method import Method, Prepared
 from sparing.worlds.opening import scene_files, scene_world
 
 SCENES_SEED = 3

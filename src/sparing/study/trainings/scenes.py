@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from sparing.evaluate.task import Progress, Subject
 from sparing.evaluate.tasks.scenes import check_speaks
-from sparing.study.training import Training
+from sparing.study.trainings.training import Training
 from sparing.train import ChatBatches, Optimisation, Part, about_scene, fit, forget_projector, trained_parts
 from sparing.worlds.grids import GridScene, GridWorld, Question
 from sparing.worlds.opening import scene_files, scene_world

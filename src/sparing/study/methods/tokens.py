@@ -21,7 +21,7 @@ from sparing.execute import apply
 from sparing.lens import token_classes
 from sparing.plan import Policy, Selection
 from sparing.policies import OfClass
-from sparing.study.methods import Method, Prepared
+from sparing.study.methods.method import Method, Prepared
 from sparing.study.names import unknown
 from sparing.tokens import Group, TokenProfile
 from sparing.worlds.grids import GridWorld

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sparing.evaluate.task import Progress, Subject
-from sparing.study.methods import Method, Prepared, method_maker
+from sparing.study.methods.method import Method, Prepared
 from sparing.study.names import placed, unknown
 from sparing.study.shrinking import smaller
 
@@ -89,6 +89,9 @@ class InSequence(Method):
 
 
 def _part(given: Mapping[str, Any]) -> Method:
+    # Parts may be anything that has a name, and sequences have one.
+    from sparing.study.methods.known import method_maker
+
     if strange := [name for name in given if name not in ("use", "with")]:
         raise ValueError("methods: " + unknown("setting of a part", str(strange[0]), ("use", "with")))
     if "use" not in given:

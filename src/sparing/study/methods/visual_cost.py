@@ -15,7 +15,7 @@ from sparing.execute import apply
 from sparing.plan import ModelShape, Policy
 from sparing.policies import ViCA
 from sparing.policies.budget import at_share, visual_share
-from sparing.study.methods import Method, Prepared
+from sparing.study.methods.method import Method, Prepared
 from sparing.study.names import unknown
 
 

@@ -6,7 +6,6 @@ import abc
 from pathlib import Path
 
 from sparing.evaluate.task import Ingredient, Progress, Subject
-from sparing.study.names import with_plugins
 
 
 class Training(Ingredient):
@@ -34,15 +33,3 @@ class Training(Ingredient):
     def seeded(self) -> bool:
         """Does the result depend on the seed?"""
         return True
-
-
-def ours() -> dict[str, type[Training]]:
-    """Trainings of this package by name."""
-    from sparing.study.scene_training import SceneTraining, TwoSceneStages
-
-    return {"scenes": SceneTraining, "scenes_two_stages": TwoSceneStages}
-
-
-def known_trainings() -> dict[str, type[Training]]:
-    """Trainings by name: ours, and those of installed packages (entry point group `sparing.trainings`)."""
-    return with_plugins(ours(), "sparing.trainings")

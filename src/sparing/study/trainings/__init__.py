@@ -1,0 +1,1 @@
+"""What may happen to a model between its method and its tasks; `known` has their names."""
