@@ -1,6 +1,7 @@
 """The rivals of ViCA beyond their equations: what they refuse, edges, CLIP's relevance."""
 
 import copy
+from decimal import Decimal
 
 import pytest
 import torch
@@ -216,6 +217,21 @@ def test_duplicates_join_one_cluster():
     assert (member[:4] == member[0]).all()
     assert (member[4:] == member[6]).all()
     assert member[centres].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("scale", [1, 100])
+def test_centres_of_tokens_far_apart(scale):
+    """The density and distance of the definition, in numbers that can hold them."""
+    states = scale * torch.randn(20, 7, generator=torch.Generator().manual_seed(0))
+    far = torch.cdist(states.double(), states.double()) / 7**0.5
+    spread = far.sort(1).values[:, :3].square().mean(1)
+    density = [Decimal(-value).exp() for value in spread.tolist()]
+    apart = [
+        min([far[i, j] for j in range(20) if density[j] > density[i]], default=far.max()).item() for i in range(20)
+    ]
+    product = [Decimal(a) * d for a, d in zip(apart, density, strict=True)]
+    best = sorted(range(20), key=lambda i: -product[i])[:3]
+    assert density_peaks(states, 3)[0].tolist() == best
 
 
 @pytest.mark.parametrize(("size", "count"), [(8, 8), (576, 402)])
