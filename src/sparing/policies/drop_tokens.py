@@ -26,7 +26,7 @@ class DropTokens(Policy):
             one if the share is not 0). This is the matched-count control.
         choose: with `keep`: `random`, by `seed`; or `uniform`, evenly spaced in the order of the row.
         positions: `keep` leaves the survivors their original positions, `reindex` closes the gaps.
-        seed: of the random choice.
+        seed: of the random choice. A row's draw depends on its place in the batch, too, and on padding.
 
     Raises:
         ValueError: both or neither of `where` and `groups`, or a share outside 0..1.
