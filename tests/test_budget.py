@@ -97,3 +97,18 @@ def test_what_cannot_be_had_is_refused():
     for policy in (SparseVLM.paper([0]), MoD.for_model(models.llava(), capacity=0.5), FastV(1, groups=[Group.TEXT])):
         with pytest.raises(ValueError, match="only a run tells"):
             visual_share(policy, shape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choose", ["random", "uniform"])
+def test_controls_keep_as_many_as_what_they_control(choose):
+    """The same share is the same whole number of a picture's tokens."""
+    model, inputs = models.llava(), models.llava_batch("none")
+    image = inputs["input_ids"] == models.IMAGE
+    for keep in torch.linspace(0.04, 0.96, 24).tolist():
+        kept = []
+        for policy in (DivPrune(keep), DropTokens(groups=[Group.IMAGE], keep=keep, choose=choose)):
+            with sparing.apply(model, policy) as run:
+                model(**inputs)
+            kept.append((run.ledger.read(0) & image).sum(1).tolist())
+        assert kept[0] == kept[1], keep

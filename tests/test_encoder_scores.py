@@ -12,7 +12,7 @@ from sparing.anatomy import anatomy_of
 from sparing.execute import check_policy
 from sparing.plan import Policy
 from sparing.policies import CDPruner, DivPrune, SparseVLM, VisionZip, VisPruner, VScan
-from vision_models import FAMILIES, llava_qwen2
+from vision_models import FAMILIES, llava_batch, llava_qwen2, llava_siglip
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -158,6 +158,20 @@ def test_check_policy(name, family):
     """The whole contract on other families than LLaVA with a Llama, which `test_check_policy.py` takes."""
     build, batch = FAMILIES[family]
     check_policy(MAKES[name], build(), batch("left"))
+
+
+@torch.no_grad()
+def test_a_llava_whose_encoder_has_no_class_token():
+    """SigLIP with the `full` strategy: a picture is its patches, and all of them ask."""
+    model, inputs = llava_siglip(), llava_batch("left")
+    (span, *_), *_ = sparing.TokenMap.from_inputs(model, inputs).images
+    assert (span.grid, span.offset, span.stop - span.start) == ((3, 3), 0, 9)
+    found = Looks()
+    with sparing.apply(model, found):
+        model(**inputs)
+    want = torch.cat([m.mean(0) for m in eager(model, inputs, -1)])
+    assert torch.allclose(found.attention[encoded(found.tokens)], want, atol=1e-6)
+    check_policy(lambda: VisionZip(0.6, contextual=0.5), model, inputs)
 
 
 def test_newlines_stay():

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import models
+import sparing
 from oracles import Llama, compare, embeddings, kinds, oracle_of_stock, which
 from policy_cases import interleaved, streamed, wide
 from sparing.policies import DropTokens, EnterLate, FastV, PyramidDrop, SkipModules, ViCA, WaitKMask
 from sparing.tokens import Group
+from vision_models import IMAGE, llava_mistral
+from vision_models import llava_batch as vision_batch
 
 
 @pytest.mark.parametrize(("build", "batch_of"), models.CASES)
@@ -93,6 +96,24 @@ def test_enter_late(entry, exit_, tiny_llava, llava_batch):
         return m.logits(x)
 
     compare(tiny_llava, llava_batch, EnterLate(entry, exit_), oracle)
+
+
+@torch.no_grad()
+def test_fastv_by_all_tokens_within_a_window():
+    """What a token receives is averaged over those that can see it: where layers slide, the tokens of one window."""
+    model, inputs = llava_mistral(), vision_batch("left")
+    with sparing.apply(model, FastV(1, 0.5, rank_by="all", chunk=4)) as run:
+        model(**inputs)
+    eager = llava_mistral("eager")
+    (weights, *_) = eager(**inputs, output_attentions=True).attentions
+    index, valid = torch.arange(weights.shape[-1]), inputs["attention_mask"].bool()
+    window = eager.config.text_config.sliding_window
+    later = (index[:, None] > index) & (index[:, None] - index < window) & valid[:, :, None]
+    received = (weights.mean(1) * later).sum(1) / later.sum(1).clamp(min=1)
+    for row, ids in enumerate(inputs["input_ids"]):
+        image = (ids == IMAGE).nonzero().flatten().tolist()
+        best = sorted(image, key=lambda i: -received[row, i])[: math.floor(len(image) / 2 + 0.5)]
+        assert run.ledger.read(1)[row, image].nonzero().flatten().tolist() == sorted(image.index(i) for i in best)
 
 
 @pytest.mark.parametrize("prefix", ["update", "freeze", 1])

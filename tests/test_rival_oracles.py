@@ -53,7 +53,7 @@ def test_uniform_drop(tiny_llava, llava_batch):
 
     def oracle(m, x, kind, n):
         image = which(kind, "image").tolist()
-        count = math.floor(0.4 * len(image))
+        count = nearest(0.4, len(image))
         kept = {image[math.ceil((k + 0.5) * len(image) / count) - 1] for k in range(count)} if image else set()
         return rest(m, x, torch.tensor([i for i, k in enumerate(kind) if k != "image" or i in kept]))
 

@@ -1,5 +1,8 @@
 """The rivals of ViCA beyond their equations: what they refuse, edges, CLIP's relevance."""
 
+import copy
+from decimal import Decimal
+
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
@@ -142,9 +145,8 @@ def test_a_map_without_pictures_is_refused():
         model(input_ids=torch.tensor([[5, 6, 7, 8, 9]]), attention_mask=torch.ones(1, 5, dtype=torch.long))
 
 
-@torch.no_grad()
-def test_relevance_of_clip():
-    """Minus the mean cosine in the joint space, of what the tower gave for a patch."""
+def clip_model():
+    """A CLIP around a vision tower of the size of LLaVA's."""
     torch.manual_seed(0)
     vision = models.llava().config.vision_config.to_dict()
     text = {
@@ -154,8 +156,14 @@ def test_relevance_of_clip():
         "num_attention_heads": 2,
         "vocab_size": 50,
     }
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=19)).eval()
-    words = torch.randn(4, 3, 19)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=19)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_relevance_of_clip(dtype):
+    """Minus the mean cosine in the joint space, of what the tower gave for a patch; CLIP in a precision of its own."""
+    clip, words = clip_model(), torch.randn(4, 3, 19)
     policy = CDPruner.with_clip(clip, words, keep=0.5)
     seen = {}
     inner = policy.relevance
@@ -165,14 +173,33 @@ def test_relevance_of_clip():
         return seen["found"]
 
     policy.relevance = noted
-    with sparing.apply(models.llava(), policy):
-        models.llava()(**models.llava_batch("left"))
-    spans = TokenMap.from_inputs(models.llava(), models.llava_batch("left")).images
+    model, inputs = copy.deepcopy(models.llava()).to(dtype), models.llava_batch("left")
+    with sparing.apply(model, policy):
+        model(**{**inputs, "pixel_values": inputs["pixel_values"].to(dtype)})
+    spans = TokenMap.from_inputs(model, inputs).images
     for row, spans_of_row in enumerate(spans):
         for at in (i for span in spans_of_row for i in span.encoded().tolist()):
-            joint = clip.visual_projection(clip.vision_model.post_layernorm(seen["states"][row, at]))
+            joint = clip.visual_projection(clip.vision_model.post_layernorm(seen["states"][row, at].float()))
             want = -torch.nn.functional.cosine_similarity(joint, words[row], dim=-1).mean()
             assert torch.allclose(seen["found"][row, at], want, atol=1e-6)
+
+
+@torch.no_grad()
+def test_text_of_clip():
+    """As `get_text_features` returns it; one row of it for all; refused with the cure where `generate` repeats rows."""
+    clip, model, inputs = clip_model(), models.llava(), models.llava_batch("left")
+    features = clip.get_text_features(input_ids=torch.arange(3, 31).view(4, 7))
+
+    def answered(text, **how):
+        with sparing.apply(model, CDPruner.with_clip(clip, text, keep=0.5)):
+            return model.generate(**inputs, max_new_tokens=2, pad_token_id=0, do_sample=False, **how)
+
+    text = features.pooler_output
+    assert torch.equal(answered(features), answered(text))
+    assert torch.equal(answered(text[:1]), answered(text[:1].repeat(4, 1)))
+    with pytest.raises(ValueError, match=r"4 rows, and the prompt has 8: .*repeat_interleave"):
+        answered(text, num_beams=2)
+    answered(text.repeat_interleave(2, 0), num_beams=2)
 
 
 def test_windows():
@@ -192,8 +219,29 @@ def test_duplicates_join_one_cluster():
     assert member[centres].tolist() == [0, 1]
 
 
-def test_more_tokens_than_directions():
-    """A kernel of low rank: what adds nothing is still chosen once, and nothing becomes NaN."""
-    unit = torch.nn.functional.normalize(torch.randn(1, 8, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
-    chosen = most_probable(unit @ unit.mT, 8)
-    assert chosen.sort().values.tolist() == [list(range(8))]
+@pytest.mark.parametrize("scale", [1, 100])
+def test_centres_of_tokens_far_apart(scale):
+    """The density and distance of the definition, in numbers that can hold them."""
+    states = scale * torch.randn(20, 7, generator=torch.Generator().manual_seed(0))
+    far = torch.cdist(states.double(), states.double()) / 7**0.5
+    spread = far.sort(1).values[:, :3].square().mean(1)
+    density = [Decimal(-value).exp() for value in spread.tolist()]
+    apart = [
+        min([far[i, j] for j in range(20) if density[j] > density[i]], default=far.max()).item() for i in range(20)
+    ]
+    product = [Decimal(a) * d for a, d in zip(apart, density, strict=True)]
+    best = sorted(range(20), key=lambda i: -product[i])[:3]
+    assert density_peaks(states, 3)[0].tolist() == best
+
+
+@pytest.mark.parametrize(("size", "count"), [(8, 8), (576, 402)])
+def test_more_tokens_than_directions(size, count):
+    """A kernel of low rank: what adds nothing is chosen by its relevance, once, and nothing becomes NaN."""
+    generator = torch.Generator().manual_seed(0)
+    rank = min(size // 2, 48)
+    unit = torch.nn.functional.normalize(torch.randn(1, size, rank, generator=generator), dim=-1)
+    relevance = torch.rand(1, size, generator=generator)
+    (chosen,) = most_probable(unit @ unit.mT, relevance, count).tolist()
+    assert len(set(chosen)) == count
+    late = relevance[0, chosen[rank:]]
+    assert torch.equal(late, late.sort(descending=True).values)

@@ -189,6 +189,19 @@ def llava_mistral(attention="sdpa"):
     return _llava(MistralConfig(**TEXT, head_dim=10, sliding_window=11), attention)
 
 
+@functools.cache
+def llava_siglip(attention="sdpa"):
+    """LLaVA-1.5 around a SigLIP encoder: no class token, so that all positions are patches."""
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**VISION, image_size=30, patch_size=10, vision_use_head=False),
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    return _build(LlavaForConditionalGeneration, config, attention)
+
+
 def llava_batch(side):
     """Pictures of 3x3 tokens."""
     return {**rows_of((9, 9, 9, 9), side), "pixel_values": _noise(4, 3, 30, 30)}

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: a CLIP encoder, a projector, and any known text decoder."""
+"""LLaVA-1.5: a CLIP or SigLIP encoder, a projector, and any known text decoder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ class LlavaAnatomy(VisionAnatomy):
     model_types = ("llava",)
 
     def layout(self) -> ImageSpan:
-        """A picture; the `full` strategy keeps the class token in front of the patches."""
-        (height, width), extra = self.grid, int(self.config.vision_feature_select_strategy == "full")
+        """A picture; the `full` strategy keeps a class token in front of the patches, where the encoder has one."""
+        (height, width), full = self.grid, self.config.vision_feature_select_strategy == "full"
+        extra = int(full and self.class_token)
         return ImageSpan(0, height * width + extra, self.grid, offset=extra)
 
     @property
     def class_token(self) -> bool:  # type: ignore[override]
         """CLIP has one, SigLIP has not."""
-        return self.config.vision_config.model_type == "clip_vision_model"
+        return not self.config.vision_config.model_type.startswith("siglip")
 
     def encoder_flops(self) -> int:
         """Patch embedding, all layers (the tower runs them, whichever one is read), and the projector."""
@@ -31,4 +32,5 @@ class LlavaAnatomy(VisionAnatomy):
         width_in = d * (len(feature_layers) if isinstance(feature_layers, list) else 1)
         out = self.text_config.hidden_size
         projector = 2 * self.layout().stop * out * (width_in + out)
-        return embedding + vision.num_hidden_layers * transformer_flops(vision, patches + 1) + projector
+        positions = patches + int(self.class_token)
+        return embedding + vision.num_hidden_layers * transformer_flops(vision, positions) + projector

@@ -16,8 +16,10 @@ Made = TypeVar("Made", bound=Policy)
 def visual_share(policy: Policy, shape: ModelShape, *, pictures: int = 576, text: int = 64) -> float:
     """Share of the decoder's operations on picture tokens that a policy's schedule leaves, at prefill.
 
-    Operations on picture tokens are their projections, their MLPs, and all pairs in which a picture token asks or is asked. The
-    encoder, which all methods run, and rankings are not counted; the ledger of a run counts them, and whole numbers of tokens.
+    Operations on picture tokens are their projections, their MLPs, and all pairs in which a picture token asks or is asked (but for
+    text in front of it). The encoder, which all methods run, and rankings are not counted; the ledger of a run counts them, and whole
+    numbers of tokens: of a hundred, half a token is 5% of what a budget of 10% pays for. Nor are newline tokens, which methods before
+    the first layer leave alone, and the token that every stage of `SparseVLM` recycles at least.
 
     Args:
         policy: one that knows its schedule (`Policy.picture_shares`).

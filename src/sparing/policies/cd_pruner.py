@@ -14,6 +14,9 @@ from sparing.policies.pictures import PicturePruning, rows_at
 from sparing.tokens import Group, ImageSpan
 
 EPSILON = 1e-6
+"""Relevance of the least relevant token."""
+ROUNDING = 1e-5
+"""What a token adds of its own, between 0 and 1, below which float32 cannot tell it from nothing."""
 Relevance = Callable[[PromptView], Float[Tensor, "b t"]]
 
 
@@ -47,23 +50,32 @@ class CDPruner(PicturePruning):
         self.relevance = relevance
 
     @classmethod
-    def with_clip(
-        cls, clip: Any, text: Float[Tensor, "b m c"] | Float[Tensor, "b c"], keep: float = 64 / 576
-    ) -> CDPruner:
+    def with_clip(cls, clip: Any, text: Any, keep: float = 64 / 576) -> CDPruner:
         """With relevance in CLIP's joint space, as paper and release have it for LLaVA: minus the mean cosine of a token to the text.
 
         Args:
-            clip: the CLIP model (vision tower, its last norm and projection) that the model's own tower came from.
-            text: what `clip` gives for the question of each row (`clip.get_text_features`), or for the parts of a long one.
+            clip: the CLIP model (vision tower, its last norm and projection) that the model's own tower came from, in any precision.
+            text: what `clip.get_text_features` gives for the question of each row, `[b c]`, or for the parts of a long one,
+                `[b m c]`; one row stands for all.
             keep: share of each picture's tokens that stays.
+
+        Raises:
+            ValueError: (on a prompt) questions for another number of rows.
         """
+        features: Tensor = getattr(text, "pooler_output", text)
+        parts = features if features.ndim == 3 else features.unsqueeze(1)
 
         def relevance(view: PromptView) -> Tensor:
-            states = clip.visual_projection(clip.vision_model.post_layernorm(view.encoder_states()))
-            parts = text if text.ndim == 3 else text.unsqueeze(1)
+            if len(parts) not in (1, view.tokens.batch):
+                raise ValueError(
+                    f"CDPruner.with_clip was given text for {len(parts)} rows, and the prompt has {view.tokens.batch}: give each row "
+                    "its text; beams and several answers repeat rows, and so must text.repeat_interleave(copies, 0)"
+                )
+            weight = clip.visual_projection.weight
+            states = clip.visual_projection(clip.vision_model.post_layernorm(view.encoder_states().to(weight)))
             unit = [torch.nn.functional.normalize(x.float(), dim=-1) for x in (states, parts.to(states.device))]
-            view.spend(2 * states.numel() * clip.visual_projection.in_features)
-            return -(unit[0] @ unit[1].mT).mean(2)
+            view.spend(2 * states.numel() * weight.shape[1])
+            return -(unit[0] @ unit[1].mT).mean(2).to(view.embeds.device)
 
         return cls(keep, relevance=relevance)
 
@@ -86,7 +98,7 @@ class CDPruner(PicturePruning):
         relevance = rows_at((self.relevance or relevance_of_words)(view), rows, index).detach().float()
         least, most = relevance.aminmax(dim=1, keepdim=True)
         relevance = (relevance - least + EPSILON) / (most - least).clamp(min=EPSILON)
-        return most_probable(relevance[:, :, None] * (states @ states.mT) * relevance[:, None], count)
+        return most_probable(states @ states.mT, relevance, count)
 
     def __repr__(self) -> str:
         """As constructed."""
@@ -103,22 +115,29 @@ def relevance_of_words(view: PromptView) -> Float[Tensor, "b t"]:
     return (unit @ mean[..., None]).squeeze(-1)
 
 
-def most_probable(kernel: Float[Tensor, "p n n"], count: int) -> Int[Tensor, "p count"]:
-    """Greedy MAP inference of a DPP, in the order in which tokens are found.
+def most_probable(
+    similarity: Float[Tensor, "p n n"], relevance: Float[Tensor, "p n"], count: int
+) -> Int[Tensor, "p count"]:
+    """Greedy MAP inference of the DPP with kernel `diag(relevance) similarity diag(relevance)`, in the order of finding.
+
+    Relevance scales determinants alone, so the factor is that of the similarity, whose diagonal is 1: rounding is then equally
+    large for all tokens. A token that is a mixture of chosen ones adds nothing but rounding; of those the most relevant come first.
 
     Paper: Chen, Zhang and Zhou (1709.05135), algorithm 1: the Cholesky factor grows by one row a step.
     """
-    pictures, size, _ = kernel.shape
-    each = torch.arange(pictures, device=kernel.device)
-    gain = kernel.diagonal(dim1=1, dim2=2).clone()
-    factor = kernel.new_zeros(pictures, count, size)
+    pictures, size, _ = similarity.shape
+    each = torch.arange(pictures, device=similarity.device)
+    gain = similarity.diagonal(dim1=1, dim2=2).clone()
+    factor = similarity.new_zeros(pictures, count, size)
+    weight = relevance.square()
     chosen = []
     for step in range(count):
-        pick = gain.argmax(1)
+        pick = (weight * gain.clamp(min=ROUNDING)).argmax(1)
         chosen.append(pick)
         known = (factor[each, :step, pick].unsqueeze(1) @ factor[:, :step]).squeeze(1)
-        # A token that is a mixture of chosen ones adds nothing; its gain is rounding.
-        row = (kernel[each, pick] - known) / gain[each, pick].clamp(min=EPSILON).sqrt().unsqueeze(1)
-        factor[:, step] = row
-        gain = (gain - row.square()).scatter(1, pick[:, None], float("-inf"))
+        own = gain[each, pick].unsqueeze(1)
+        row = (similarity[each, pick] - known) * own.clamp(min=ROUNDING).rsqrt()
+        factor[:, step] = torch.where(own > ROUNDING, row, 0)
+        gain = gain - factor[:, step].square()
+        weight = weight.scatter(1, pick[:, None], float("-inf"))
     return torch.stack(chosen, dim=1)

@@ -12,7 +12,8 @@ def density_peaks(states: Float[Tensor, "n d"], clusters: int) -> tuple[Int[Tens
 
     A token's density is `exp(-mean of the squared distances to its nearest tokens)`, itself and as many as there are clusters in
     all; distances are divided by `sqrt(d)`. Centres are the tokens with the largest product of density and distance to the nearest
-    denser token (the largest distance of all, for the densest). Equal densities are ordered by place.
+    denser token (the largest distance of all, for the densest). Both are compared as logarithms, since the density of tokens far
+    apart is too small for a float. Equals are ordered by place.
 
     Args:
         states: the tokens.
@@ -25,12 +26,12 @@ def density_peaks(states: Float[Tensor, "n d"], clusters: int) -> tuple[Int[Tens
     """
     distance = torch.cdist(states.float(), states.float(), compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance / states.shape[1] ** 0.5
-    nearest = distance.topk(clusters, dim=1, largest=False).values
-    density = (-nearest.square().mean(1)).exp()
+    log_density = -distance.topk(clusters, dim=1, largest=False).values.square().mean(1)
     place = torch.arange(len(states), device=states.device)
-    denser = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (place < place[:, None]))
-    apart = distance.masked_fill(~denser, float("inf")).amin(1).clamp(max=float(distance.max()))
-    centres = (apart * density).topk(clusters).indices
+    equal = log_density[None] == log_density[:, None]
+    denser = (log_density[None] > log_density[:, None]) | (equal & (place < place[:, None]))
+    apart = distance.masked_fill(~denser, float("inf")).amin(1).clamp(max=distance.max())
+    centres = (apart.log() + log_density).argsort(descending=True, stable=True)[:clusters]
     member = distance[:, centres].argmin(1)
     member[centres] = torch.arange(clusters, device=states.device)
     return centres, member

@@ -32,10 +32,11 @@ class DART(Policy):
 
     Paper: DART (2502.11494): pivots by key norm, retained is what stays below a duplication threshold; layer 2, 4 + 4 pivots in the
         release's scripts, 128 of 576 tokens in its examples (77.8% reduced).
-    Differs: each pivot's part is whole in the release, so it keeps up to seven tokens fewer than asked for; here the first pivots
-        take one more, and `keep` holds exactly. The release goes through its pivots in the order of a Python set; here image
-        pivots come first, then text pivots, each with the largest key first. The release knows one picture in a row, of known
-        place, in a batch of one. That the cosines are taken behind the final norm is the release's; the paper does not say where.
+    Differs: in the release image pivots come on top of the number asked for, and each pivot's part of that is rounded down, so it
+        keeps from three fewer to four more (132 for 128); here pivots are among `keep`, the first of them take one more, and it holds
+        exactly. The release goes through its pivots in the order of a Python set; here image pivots come first, then text pivots,
+        each with the largest key first. The release knows one picture in a row, of known place, in a batch of one. That the
+        cosines are taken behind the final norm is the release's; the paper does not say where. Read in copies of the release.
     """
 
     causal = False

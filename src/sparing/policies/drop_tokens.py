@@ -22,11 +22,11 @@ class DropTokens(Policy):
         where: a `Selection` (tokens of a class: `OfClass`), a function `TokenMap -> [b t]` mask of what to drop, or a `[b t]`
             mask itself.
         groups: instead of `where`: drop tokens of these groups.
-        keep: with `groups`: keep this share of them (0 drops all), of each row's own number (rounded down, at least one if the
-            share is not 0). This is the matched-count control.
+        keep: with `groups`: keep this share of them (0 drops all), of each row's own number (to the nearest, halves up, at least
+            one if the share is not 0). This is the matched-count control.
         choose: with `keep`: `random`, by `seed`; or `uniform`, evenly spaced in the order of the row.
         positions: `keep` leaves the survivors their original positions, `reindex` closes the gaps.
-        seed: of the random choice.
+        seed: of the random choice. A row's draw depends on its place in the batch, too, and on padding.
 
     Raises:
         ValueError: both or neither of `where` and `groups`, or a share outside 0..1.
@@ -96,7 +96,7 @@ class DropTokens(Policy):
         if self.keep == 0:
             return candidates
         number = candidates.sum(1, keepdim=True)
-        count = share_of(candidates, self.keep).unsqueeze(1).clamp(min=1)
+        count = share_of(candidates, self.keep, nearest=True).unsqueeze(1).clamp(min=1)
         if self.choose == "uniform":
             # Of n in a row c stay, one in the middle of each n-th part: at the ranks where the rounded rank * c / n steps up.
             last = 2 * candidates.long().cumsum(1) * count

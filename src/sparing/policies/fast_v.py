@@ -102,15 +102,17 @@ class FastV(Policy):
         return view.scores(last_of(alive)).float().mean(1).squeeze(1)
 
     def _from_all(self, view: View, alive: Tensor) -> Tensor:
-        """`[b t]`, the mean of what all later tokens give to each, a few queries at a time."""
+        """`[b t]`, the mean of what all later tokens that see it give to each, a few queries at a time."""
         b, t = alive.shape
-        key = torch.arange(t, device=alive.device)
-        received = torch.zeros(b, t, device=alive.device)
+        key, window = torch.arange(t, device=alive.device), view.shape.layers[view.layer].window
+        received = later = torch.zeros(b, t, device=alive.device)
         for query in key.split(self.chunk):
             given = view.scores(query.expand(b, -1)).float().mean(1)
-            counts = alive[:, query, None] & (query[:, None] > key)
-            received += (given * counts).sum(1)
-        later = alive.flip(1).cumsum(1).flip(1) - alive.long()
+            see = query[:, None] > key
+            if window is not None:
+                see = see & (query[:, None] - key < window)
+            counts = alive[:, query, None] & see
+            received, later = received + (given * counts).sum(1), later + counts.sum(1)
         return received / later.clamp(min=1)
 
     def picture_shares(self, depth: int) -> tuple[float, ...] | None:

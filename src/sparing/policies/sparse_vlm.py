@@ -189,7 +189,7 @@ class SparseVLM(Policy):
         return LayerPlan(rewrites=lambda x: x.index_put(at, new.to(x.dtype)))
 
     def picture_shares(self, depth: int) -> tuple[float, ...] | None:
-        """What the stages so far leave and what they recycle; `None` where ranks decide."""
+        """What the stages so far leave and what they recycle, but for the one token at least; `None` where ranks decide."""
         if self.adaptive is not None:
             return None
         shares, left, alive = [1.0] * depth, iter(self.keep), 1.0

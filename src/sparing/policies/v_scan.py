@@ -42,8 +42,10 @@ class VScan(PicturePruning):
         last, and the second stage at layer 14 of 28.
     Differs: where the local budget is no multiple of the number of windows the release leaves the rest out (below one token a window
         all of it), here windows with the strongest next token get one more, so `keep` holds. The release is for grids of 24 x 24 on
-        LLaVA and renumbers positions after the second stage. Tiles of LLaVA-NeXT keep the same number each there, here each picture
-        keeps its share; an overview in front of tiles has windows of its own.
+        LLaVA and renumbers positions after the second stage. On Qwen2.5-VL, with one picture, its local scan is another: the best of
+        the whole picture, while their window has less than its even part (rounded up), and what lies beyond the last whole window
+        counts to it; and its second stage ranks by queries and keys before rotation. Both are here as on LLaVA. Tiles of LLaVA-NeXT
+        keep the same number each there, here each picture keeps its share; an overview in front of tiles has windows of its own.
     """
 
     def __init__(
