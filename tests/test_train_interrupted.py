@@ -89,7 +89,7 @@ def test_rows_without_pictures_do_not_stop_a_projector_s_training(tmp_path):
 
 def test_answers_that_are_all_cut_off_are_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"the first 2 conversations, whose answers all lie behind 4 tokens: give a larger"
+        ValueError, match=r"the first 2 conversations, whose answers all lie behind 4 tokens: give shorter"
     ):
         train(tmp_path, stage(rows=TEXT, max_length=4))
     # One that is left is enough; and of what did not begin nothing is left that would refuse other settings.

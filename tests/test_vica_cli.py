@@ -271,6 +271,12 @@ def test_data_and_settings_are_looked_at_before_anything_is_loaded(tmp_path, cap
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("command", ["convert", "train"])
+def test_a_folder_of_other_things_is_refused_before_anything_is_loaded(tmp_path, capsys, command):
+    assert main(words("vica", command, "/nowhere/model", "--layers", 0, "--out", empty(tmp_path / "e"))) == 2
+    assert "holds other things (questions.jsonl) and no checkpoint: name a new folder" in capsys.readouterr().err
+
+
 def test_layers_of_a_converted_model_stand(converted, tmp_path, capsys):
     assert main(words("vica", "train", converted, "--layers", "1", "--steps", 1, "--out", tmp_path / "o")) == 2
     assert "reads in layers [0, 5] already: leave --layers out" in capsys.readouterr().err

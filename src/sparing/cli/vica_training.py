@@ -136,6 +136,7 @@ def run_job(job: Job) -> None:
     """
     from rich.console import Console
 
+    from sparing.checkpoint.writing import check_target
     from sparing.cli.profile import check_out
     from sparing.cli.record import RunRecord
 
@@ -147,6 +148,7 @@ def run_job(job: Job) -> None:
     # Before anything is loaded or chosen: what is wrong with settings and data is told at once.
     stages = job.stages(processes)
     check_out(job.out)
+    check_target(job.out)
     if job.model is not None and Path(job.model).is_dir() and Path(job.model).resolve() == job.out.resolve():
         raise ValueError(f"--out {job.out} is the model's own folder, whose weights would be lost: name another one")
     console = Console(quiet=rank > 0)

@@ -57,7 +57,7 @@ class ChatBatches(Dataset):
         if not any(bool((self[i]["labels"] != IGNORED).any()) for i in first):
             raise ValueError(
                 f"nothing is left to learn of the first {len(first)} conversations, whose answers all lie behind {self.max_length} "
-                "tokens: give a larger --max-length"
+                "tokens: give shorter ones, or a larger --max-length where the model takes it"
             )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
