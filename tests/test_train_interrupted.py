@@ -31,7 +31,7 @@ def stage(steps=4, parts=("projector", "language"), rows=MIXED, **more):
     return Stage(more.pop("name", "tune"), parts, how, rows, "some rows", **more)
 
 
-def train(folder, *stages, stop=None, save_every=100):
+def train(folder, *stages, stop=None, save_every=100, **more):
     """The model trained, from the same start each time; `stop`: Ctrl-C at this step of the command."""
     model, processor = processors.family("llava")
     model, steps = copy.deepcopy(model).float(), iter(range(1, 1000))
@@ -40,7 +40,7 @@ def train(folder, *stages, stop=None, save_every=100):
         if next(steps) == stop:
             os.kill(os.getpid(), signal.SIGINT)
 
-    fits = train_stages(model, processor, [POLICY], stages, folder, on_step=on_step, save_every=save_every)
+    fits = train_stages(model, processor, [POLICY], stages, folder, on_step=on_step, save_every=save_every, **more)
     return model, fits
 
 
@@ -94,6 +94,39 @@ def test_answers_that_are_all_cut_off_are_refused(tmp_path):
         train(tmp_path, stage(rows=TEXT, max_length=4))
     # One that is left is enough; and of what did not begin nothing is left that would refuse other settings.
     train(tmp_path, stage(1, rows=[*TEXT, conversation(0, 0)]))
+
+
+class Broken(list):
+    """Rows of which one cannot be read, until it is mended."""
+
+    bad = None
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.read = []
+
+    def __getitem__(self, index):
+        if index == self.bad:
+            raise ValueError("rows.jsonl, row 6: no JSON")
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_cannot_be_read_is_named_and_no_step_is_lost(tmp_path, workers):
+    """Of a process that prepares batches comes a traceback as a text; the last checkpoint may be hours old."""
+    rows = Broken(MIXED)
+    whole, _ = train(tmp_path / "whole", stage(rows=rows))
+    rows.bad = rows.read[6]
+    with pytest.raises(
+        ValueError, match=r"^rows.jsonl, row 6: no JSON \(step \d is kept: mend it, and the same command goes"
+    ):
+        train(tmp_path / "cut", stage(rows=rows), workers=workers)
+    (kept,) = (tmp_path / "cut" / "tune").glob("checkpoint-*")
+    assert kept.name in ("checkpoint-1", "checkpoint-2")
+    rows.bad = None
+    again, _ = train(tmp_path / "cut", stage(rows=rows), workers=workers)
+    assert same(whole, again)
 
 
 def stopped(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -277,7 +278,19 @@ class _TrainedAlone(nn.Module):
 
 
 class _Checked(Trainer):
-    """A Trainer that ends where the loss is no number, before the optimiser spreads it, and says what keeps it from saving."""
+    """A Trainer that ends where the loss is no number, before the optimiser spreads it, and words what else goes wrong."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except ValueError as error:
+            # Of a process that prepares batches torch brings the whole traceback as the message; its own stands last.
+            line, after = re.split("^ValueError: ", str(error), flags=re.MULTILINE)[-1], ""
+            # Several processes save together, and the others know nothing of this row.
+            if self.state.global_step and self.args.world_size == 1:
+                self._save_checkpoint(self.model, None)
+                after = f" (step {self.state.global_step} is kept: mend it, and the same command goes on)"
+            raise ValueError(line.rstrip() + after) from error
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
