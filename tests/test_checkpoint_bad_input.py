@@ -1,6 +1,7 @@
 """Bad checkpoints, each given to the library and to the CLI: one line that says what to do, and nothing is left behind."""
 
 import json
+import os
 import shlex
 import shutil
 
@@ -92,6 +93,11 @@ CASES = {
     "no-schema": ("routed", manifest(lambda m: m.pop("schema")), ["save the checkpoint again"]),
     "no-policies": ("routed", manifest(lambda m: m.pop("policies")), ["list of policies", "save the checkpoint again"]),
     "no-weights-name": ("routed", manifest(lambda m: m.pop("weights")), ["save the checkpoint again"]),
+    "manifest-cut-short": (
+        "routed",
+        lambda f: os.truncate(f / "sparing.json", 100),
+        ["no manifest", "save the checkpoint again"],
+    ),
     "manifest-is-a-list": ("routed", lambda f: (f / "sparing.json").write_text("[]"), ["save the checkpoint again"]),
     "unknown-policy": ("routed", manifest(lambda m: m["policies"][0].update({"class": "New"})), ["'New'", "SkipGPT"]),
     "unknown-argument": ("routed", arguments(k=3), ["SkipGPT cannot be made", "'k'"]),
@@ -195,11 +201,12 @@ def test_policy_checkpoints_in_the_commands(originals, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_newer_policy_does_not_reach_a_vision_model(tmp_path):
-    """A policy that was made for more layers than the weights have."""
+@pytest.mark.parametrize("layer", [9, -1, 0.5, "a"])
+def test_layers_that_the_model_lacks_are_refused(tmp_path, layer):
+    """Of more layers than the weights have, or no numbers of layers at all: the model would run, and be blind."""
     sparing.save(llava(), tmp_path / "saved", [ViCA([3])])
-    edit(tmp_path / "saved" / "sparing.json", lambda m: m["policies"][0]["arguments"].update(layers=[0, 9]))
-    with pytest.raises(ValueError, match="layer 9 does not exist"):
+    edit(tmp_path / "saved" / "sparing.json", lambda m: m["policies"][0]["arguments"].update(layers=[0, layer]))
+    with pytest.raises(ValueError, match=f"layer {layer} does not exist"):
         sparing.load(tmp_path / "saved")
 
 

@@ -25,9 +25,11 @@ from sparing.train import (
     trained_parts,
 )
 from sparing.train.beginning import forget_projector, take_language
+from sparing.train.checkpoints import last_checkpoint
 from sparing.train.fitting import fit
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "vica-llava-1.5-7b.yaml"
+INFINITE = float("inf")
 SHORT = Optimisation(steps=4, batch=2, lr=1e-3)
 BOTH = ("projector", "language")
 POLICY = ViCA([0, 2], "freeze")
@@ -99,7 +101,7 @@ def test_a_killed_training_goes_on_with_the_same_batches(shipped, tmp_path):
     train_stages(whole, processor, [POLICY], [stage()], tmp_path / "whole", save_every=2)
 
     class Killed(DrawnConversations):
-        left = 5
+        left = 7  # the first row once more, and three batches: the one ahead is read before a step
 
         def __getitem__(self, index):
             Killed.left -= 1
@@ -112,6 +114,7 @@ def test_a_killed_training_goes_on_with_the_same_batches(shipped, tmp_path):
         train_stages(copy.deepcopy(model), processor, [POLICY], [cut], tmp_path / "cut", save_every=2)
     log = [json.loads(line)["step"] for line in (tmp_path / "cut" / "tune" / "log.jsonl").read_text().splitlines()]
     assert max(log) < 4
+    assert last_checkpoint(tmp_path / "cut" / "tune").name == "checkpoint-2"
     again = copy.deepcopy(model)
     train_stages(again, processor, [POLICY], [stage()], tmp_path / "cut", save_every=2)
     for one, two in zip(whole.parameters(), again.parameters(), strict=True):
@@ -219,7 +222,16 @@ def test_batches_that_cannot_be_shared_and_strange_numbers_are_refused(subject, 
         Optimisation(batch=8).shared(3)
     with pytest.raises(ValueError, match="4 items a process are no multiple of the 3 at once"):
         Optimisation(batch=8, at_once=3).shared(2)
-    for wrong in ({"lr": 0.0}, {"steps": 0}, {"batch": 0}, {"epochs": 0.0}, {"warmup": -1}):
+    for wrong in (
+        {"lr": 0.0},
+        {"steps": 0},
+        {"batch": 0},
+        {"epochs": 0.0},
+        {"warmup": -1},
+        {"lr": INFINITE},
+        {"epochs": INFINITE},
+        {"warmup": float("nan")},
+    ):
         with pytest.raises(ValueError, match="expected"):
             Optimisation(**wrong)
     model = subject[0]

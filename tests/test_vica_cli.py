@@ -230,7 +230,13 @@ BAD_TRAINING = {
     "shrink": (lambda v, d: (v, "--shrink"), "--shrink is for recipes"),
     "no data": (lambda v, d: train_words(v, d), "nothing to train on: give --data FILE"),
     "missing data": (lambda v, d: train_words(v, d, "--data", d / "none.jsonl"), "does not exist: name a file of JSON"),
-    "layers": (lambda v, d: (v, "--layers", "5"), "layer 5 does not exist; this model has layers 0..2"),
+    "layers": (
+        lambda v, d: (v, "--layers", "5", "--data", write_conversations(d / "data", 2)),
+        "layer 5 does not exist; this model has layers 0..2",
+    ),
+    "no rate": (lambda v, d: train_words(v, d, "--lr", 0), "lr=0: expected a finite number above 0"),
+    "uneven": (lambda v, d: train_words(v, d, "--batch", 4, "--at-once", 3), "no multiple of the 3 at once"),
+    "its own folder": (lambda v, d: train_words(v, d, "--out", v), "is the model's own folder, whose weights would be"),
     "recipe": (lambda v, d: ("--recipe", d / "none.yaml"), "cannot be read"),
     "path": (lambda v, d: ("--recipe", RECIPE, "--shrink", "--path", "data"), "give NAME=FOLDER"),
     "text": (
@@ -243,17 +249,32 @@ BAD_TRAINING = {
 @pytest.mark.parametrize("what", BAD_TRAINING)
 def test_bad_trainings_are_one_line(what, vision, tmp_path, capsys):
     make, message = BAD_TRAINING[what]
-    assert main(words("vica", "train", *make(vision, tmp_path), "--out", tmp_path / "out")) == 2
+    given = words("vica", "train", *make(vision, tmp_path))
+    assert main(given + ([] if "--out" in given else ["--out", str(tmp_path / "out")])) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_data_that_is_not_there_is_told_before_layers_are_chosen(tmp_path, capsys):
-    command = words("vica", "train", "scenes-llava", "--data", tmp_path / "none.jsonl", "--out", tmp_path / "o")
-    assert main(command) == 2
-    assert "does not exist: name a file of JSON" in capsys.readouterr().err
-    assert not (tmp_path / "o" / "measurements.jsonl").exists()
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--data", "/none.jsonl"), "does not exist: name a file of JSON"),
+        (("--epochs", "inf"), "epochs=inf: expected a finite number above 0"),
+        (("--stages", "llava", "--projector-lr", "0"), "lr=0: expected a finite number above 0"),
+        (("--batch", "6", "--at-once", "4"), "no multiple of the 4 at once"),
+    ],
+)
+def test_data_and_settings_are_looked_at_before_anything_is_loaded(tmp_path, capsys, given, message):
+    assert main(words("vica", "train", "/nowhere/model", *given, "--out", tmp_path / "o")) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "train"])
+def test_a_folder_of_other_things_is_refused_before_anything_is_loaded(tmp_path, capsys, command):
+    assert main(words("vica", command, "/nowhere/model", "--layers", 0, "--out", empty(tmp_path / "e"))) == 2
+    assert "holds other things (questions.jsonl) and no checkpoint: name a new folder" in capsys.readouterr().err
 
 
 def test_layers_of_a_converted_model_stand(converted, tmp_path, capsys):
@@ -301,21 +322,19 @@ def test_ctrl_c_ends_with_a_checkpoint_and_its_exit_code(converted, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(converted, tmp_path):
     """Two processes with gloo, each with half of the batch, come to the weights of one with all of it."""
-    launch = (
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
+    # `accelerate launch --cpu --num_processes 2` starts one process.
+    two = start(
+        "torch.distributed.run",
+        "--nproc_per_node",
         2,
-        "--num_machines",
-        1,
-        "--mixed_precision",
-        "no",
+        "-m",
+        "sparing.cli",
+        *train_command(converted, tmp_path / "two", "--steps", 2),
     )
-    launch += ("--dynamo_backend", "no", "-m", "sparing.cli")
-    two = start(*launch, *train_command(converted, tmp_path / "two", "--steps", 2))
     printed, error = two.communicate(timeout=280)
     assert two.returncode == 0, error[-3000:]
     assert printed.count("saved:") == 1, "one of them speaks"
+    assert "2 processes share each step" in printed
     assert main(words(*train_command(converted, tmp_path / "one", "--steps", 2))) == 0
     runs = [json.loads((tmp_path / name / "run.json").read_text())["figures"] for name in ("one", "two")]
     assert runs[0]["training"][0]["tokens"] == runs[1]["training"][0]["tokens"]

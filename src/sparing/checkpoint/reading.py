@@ -175,7 +175,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
             raise ValueError(
                 f"weights is {weights!r}, expected {WEIGHTS} or {WEIGHTS_INDEX}: save the checkpoint again"
             )
-    except (KeyError, TypeError, AttributeError, OSError) as error:
+    except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no manifest of sparing's ({error!r}); save the checkpoint again") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -76,9 +76,7 @@ def save(
             policies that do not fit the model or cannot be saved, or others than the model follows now.
         OSError: the disk is full or read-only. What was there is as it was.
     """
-    # The link stays a link.
-    target = Path(directory).expanduser().resolve()
-    _check_target(target, directory)
+    target = check_target(directory)
     if hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model holds PEFT adapters: save model.merge_and_unload(), which computes the same")
     if not hasattr(model, "hf_device_map") and any(p.is_meta for p in model.parameters()):
@@ -138,13 +136,21 @@ def save(
     return target
 
 
-def _check_target(target: Path, asked: str | Path) -> None:
+def check_target(directory: str | Path) -> Path:
+    """The folder that `save` would write to, for what takes long before it saves.
+
+    Raises:
+        ValueError: it is a file, or holds other things.
+    """
+    # The link stays a link.
+    target = Path(directory).expanduser().resolve()
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{asked} is a file: name a folder")
+        raise ValueError(f"{directory} is a file: name a folder")
     if target.is_dir() and not is_checkpoint(target) and (others := _others(target)):
         raise ValueError(
-            f"{asked} holds other things ({others[0].name}) and no checkpoint: name a new folder, or an empty one"
+            f"{directory} holds other things ({others[0].name}) and no checkpoint: name a new folder, or an empty one"
         )
+    return target
 
 
 def _others(folder: Path) -> list[Path]:

@@ -72,6 +72,7 @@ def convert(
 
     import sparing
     from sparing.anatomy import anatomy_of
+    from sparing.checkpoint.writing import check_target
     from sparing.cli.models import load_model
     from sparing.cli.profile import check_out
     from sparing.cli.progress import step_bar
@@ -81,6 +82,7 @@ def convert(
     wanted = Wanted(layers, prefix, by, budget, images, max_questions, seed)
     check_wanted(wanted)
     check_out(out)
+    check_target(out)
     loaded, processor, saved = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if saved:
         names = " & ".join(map(repr, saved))

@@ -64,7 +64,7 @@ class Wanted:
 
     def read_prefix(self) -> str | int:
         """`update`, `freeze` or a number, as `ViCA` takes it."""
-        return int(self.prefix) if self.prefix.isdigit() else self.prefix
+        return int(self.prefix) if self.prefix.isdecimal() else self.prefix
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from sparing.cli.vica_conversion import Converted
     from sparing.policies import ViCA
-    from sparing.train import ConversationFile, Fit, Stage, TrainingRecipe
+    from sparing.train import Conversation, Fit, Optimisation, Stage, TrainingRecipe
 
 SCENE_STEPS = 100
 """Steps on drawn scenes, which have no end, where none are given."""
@@ -50,6 +50,28 @@ class Own:
     projector_lr: float
     warmup: float
     max_length: int | None
+
+    def how(self) -> Optimisation:
+        """The optimiser's settings, of the last stage.
+
+        Raises:
+            ValueError: one of them is out of range.
+        """
+        from sparing.train import Optimisation
+
+        lr = (2e-4 if self.lora else 2e-5) if self.lr is None else self.lr
+        return Optimisation(self.steps, self.epochs, self.batch, self.at_once, lr, self.warmup)
+
+    def made(self, conversations: Sequence[Conversation], source: str) -> list[Stage]:
+        """What is trained on some data."""
+        from sparing.train import Lora, Stage
+
+        how, lora = self.how(), Lora(self.lora, 2 * self.lora) if self.lora else None
+        last = Stage("language", ("projector", "language"), how, conversations, source, self.max_length, lora)
+        if self.stages == "tune":
+            return [dataclasses.replace(last, name="tune")]
+        first = dataclasses.replace(how, lr=self.projector_lr)
+        return [Stage("projector", ("projector",), first, conversations, source, self.max_length), last]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +104,27 @@ class Job:
         assert self.recipe is not None
         return read_recipe(self.recipe)
 
-    @functools.cached_property
-    def conversations(self) -> ConversationFile | None:
-        """The data of `--data`, looked through once."""
+    def stages(self, processes: int) -> list[Stage]:
+        """What is trained on what, as far as it is known before a model is loaded: drawn data comes later.
+
+        Raises:
+            ValueError: settings out of range, data that is not there or is wrong.
+            ModuleNotFoundError: adapters are wanted, and PEFT is not installed.
+        """
         from sparing.train import ConversationFile
 
-        return None if self.own.data is None else ConversationFile(self.own.data, self.own.pictures)
+        places = places_of(self.paths)
+        if self.recipe is not None:
+            stages = [] if self.shrink else self.recipe_told.made(self.recipe.parent, places)
+        else:
+            own = self.own
+            data = () if own.data is None else ConversationFile(own.data, own.pictures)
+            stages = own.made(data, str(own.data))
+        for stage in stages:
+            stage.how.shared(processes)
+            if stage.lora is not None:
+                import peft  # noqa: F401
+        return stages
 
 
 def run_job(job: Job) -> None:
@@ -99,6 +136,7 @@ def run_job(job: Job) -> None:
     """
     from rich.console import Console
 
+    from sparing.checkpoint.writing import check_target
     from sparing.cli.profile import check_out
     from sparing.cli.record import RunRecord
 
@@ -107,17 +145,22 @@ def run_job(job: Job) -> None:
     for wanted in (job.wanted, job.otherwise):
         if wanted is not None:
             check_wanted(wanted)
-    places_of(job.paths)
-    # Before anything is loaded or chosen: what cannot be read is told at once.
-    _ = job.conversations if job.recipe is None else job.recipe_told
+    # Before anything is loaded or chosen: what is wrong with settings and data is told at once.
+    stages = job.stages(processes)
     check_out(job.out)
+    check_target(job.out)
+    if job.model is not None and Path(job.model).is_dir() and Path(job.model).resolve() == job.out.resolve():
+        raise ValueError(f"--out {job.out} is the model's own folder, whose weights would be lost: name another one")
     console = Console(quiet=rank > 0)
     with contextlib.ExitStack() as stack:
         record = None
         if rank == 0:
             record = stack.enter_context(RunRecord(job.out, config=job.config(), seed=job.seed))
-        model, processor, policy, converted = _begin(job, console, processes)
-        stages = _stages(job, processor)
+        model, processor, saved = _loaded(job, processes)
+        stages = _with_data(stages, job, processor)
+        if processes > 1:
+            console.print(f"{processes} processes share each step", highlight=False)
+        policy, converted = _policy(job, model, processor, saved, console, processes)
         if record is not None:
             record.figures["policy"] = repr(policy)
             record.figures |= {} if converted is None else converted.about
@@ -126,23 +169,24 @@ def run_job(job: Job) -> None:
             _end(job, model, processor, policy, converted, stages, fits, record, console)
 
 
-def _begin(job: Job, console: Console, processes: int) -> tuple[nn.Module, Any, ViCA, Converted | None]:
-    """The model in float32 where it is to be trained, its processor, its policy, and what the conversion found out."""
+def _policy(
+    job: Job, model: nn.Module, processor: Any, saved: tuple, console: Console, processes: int
+) -> tuple[ViCA, Converted | None]:
+    """What it is trained under, and what the conversion found out."""
     from sparing.anatomy import anatomy_of
     from sparing.policies import ViCA
 
-    model, processor, saved = _loaded(job, processes)
     given = [policy for policy in saved if isinstance(policy, ViCA)]
     if len(saved) != len(given):
         raise ValueError(f"{job.model} follows {' & '.join(map(repr, saved))}: this trains under ViCA alone")
     if job.recipe is not None:
         policy = _recipe_policy(job, model)
         policy.validate(anatomy_of(model).shape())
-        return model, processor, policy, None
+        return policy, None
     if given and job.wanted is not None:
         raise ValueError(f"{job.model} reads in layers {list(given[0].layers)} already: leave --layers out")
     if given and processes > 1:
-        return model, processor, given[0], None
+        return given[0], None
     wanted = job.wanted or job.otherwise
     if given:
         wanted = dataclasses.replace(wanted, layers=",".join(map(str, given[0].layers)), prefix=str(given[0].prefix))
@@ -153,16 +197,16 @@ def _begin(job: Job, console: Console, processes: int) -> tuple[nn.Module, Any, 
             )
         policy = ViCA(layers, wanted.read_prefix())
         policy.validate(anatomy_of(model).shape())
-        return model, processor, policy, None
+        return policy, None
     with step_bar("converting", console) as tell:
         found = convert_model(model, processor, wanted, measurements=job.out / "measurements.jsonl", on_step=tell)
     if not given:
         print_conversion(found, anatomy_of(model).shape().depth, console)
-    return model, processor, found.policy, found
+    return found.policy, found
 
 
 def _loaded(job: Job, processes: int) -> tuple[nn.Module, Any, tuple]:
-    """The model, on the CPU where several processes will each put it on a device of their own."""
+    """The model in float32, on the CPU where several processes will each put it on a device of their own; processor, policies."""
     from sparing.anatomy.shrinking import load_shrunk
     from sparing.cli.models import load_model
     from sparing.cli.options import device_of
@@ -213,45 +257,20 @@ def _recipe_policy(job: Job, model: nn.Module) -> ViCA:
     return ViCA(layers, entry.prefix)
 
 
-def _stages(job: Job, processor: Any) -> list[Stage]:
-    """What is trained on what."""
-    from sparing.train import (
-        DrawnConversations,
-        Lora,
-        Optimisation,
-        Stage,
-        speaks_scenes,
-    )
+def _with_data(stages: list[Stage], job: Job, processor: Any) -> list[Stage]:
+    """The same with drawn data, where there is no other."""
+    from sparing.train import DrawnConversations, speaks_scenes
 
-    if job.recipe is not None:
-        if job.shrink:
-            return job.recipe_told.shrunk(job.out / "training" / "data", job.seed)
-        return job.recipe_told.made(job.recipe.parent, places_of(job.paths))
-    own = job.own
-    if job.conversations is not None:
-        conversations: Any = job.conversations
-        source = str(own.data)
-    elif speaks_scenes(processor):
-        conversations = DrawnConversations((own.steps or SCENE_STEPS) * own.batch, job.seed)
-        source = "drawn scenes"
-    else:
+    if job.shrink:
+        return job.recipe_told.shrunk(job.out / "training" / "data", job.seed)
+    if job.recipe is not None or job.own.data is not None:
+        return stages
+    if not speaks_scenes(processor):
         raise ValueError(
             "nothing to train on: give --data FILE, conversations in LLaVA's format (docs/vica_training.md)"
         )
-    how = Optimisation(
-        steps=own.steps,
-        epochs=own.epochs,
-        batch=own.batch,
-        at_once=own.at_once,
-        lr=own.lr or (2e-4 if own.lora else 2e-5),
-        warmup=own.warmup,
-    )
-    lora = Lora(own.lora, 2 * own.lora) if own.lora else None
-    last = Stage("language", ("projector", "language"), how, conversations, source, own.max_length, lora)
-    if own.stages == "tune":
-        return [dataclasses.replace(last, name="tune")]
-    first = dataclasses.replace(how, lr=own.projector_lr)
-    return [Stage("projector", ("projector",), first, conversations, source, own.max_length), last]
+    drawn = DrawnConversations((job.own.steps or SCENE_STEPS) * job.own.batch, job.seed)
+    return [dataclasses.replace(stage, conversations=drawn, source="drawn scenes") for stage in stages]
 
 
 def _trained(job: Job, model: Any, processor: Any, policy: ViCA, stages: list[Stage], console: Console) -> list[Fit]:

@@ -141,6 +141,6 @@ class Composed(Policy):
 
 def check_layers(layers: Any, shape: ModelShape, what: str) -> None:
     """Raise `ValueError` unless every entry of `layers` is a layer of the model."""
-    wrong = [i for i in layers if not 0 <= i < shape.depth]
+    wrong = [i for i in layers if i not in range(shape.depth)]
     if wrong:
         raise ValueError(f"{what}: layer {wrong[0]} does not exist; this model has layers 0..{shape.depth - 1}")

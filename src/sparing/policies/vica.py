@@ -44,7 +44,7 @@ class ViCA(Policy):
 
     def validate(self, shape: ModelShape) -> None:
         """Every reading layer must exist."""
-        check_layers(sorted(self.layers), shape, "ViCA(layers=...)")
+        check_layers(self.layers, shape, "ViCA(layers=...)")
 
     def idle(self, tokens: TokenMap) -> bool:
         """A prompt without pictures is left exactly as it is."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 
 
@@ -26,6 +28,29 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=step_of, default=None)
 
 
+def check_readable(checkpoint: Path) -> None:
+    """Look whether a checkpoint's files end where they should; their contents are not read.
+
+    Raises:
+        ValueError: one of them was cut short.
+    """
+    for file in sorted(checkpoint.iterdir()):
+        damage = None
+        if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
+            damage = "it was cut short"
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError as error:
+                damage = str(error)
+        if damage is not None:
+            raise ValueError(
+                f"{file} is damaged ({damage}): remove {checkpoint}, then the training goes on from an earlier checkpoint, or begins "
+                "again where there is none"
+            )
+
+
 class JsonLog(TrainerCallback):
     """Appends what the Trainer logs to a file, one JSON object a line.
 
@@ -36,7 +61,11 @@ class JsonLog(TrainerCallback):
 
     def __init__(self, path: Path, kept: int) -> None:
         self.path = path
-        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        entries = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            # A kill may have cut the last one short.
+            with contextlib.suppress(json.JSONDecodeError):
+                entries.append(json.loads(line))
         # Steps after the checkpoint are run again; kept, they would stand in the log twice.
         entries = [entry for entry in entries if entry["step"] <= kept]
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -49,11 +78,14 @@ class JsonLog(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, "seconds": seconds, **(logs or {})}) + "\n")
 
 
-@contextmanager
-def stop_on_signal(trainer: Trainer) -> Iterator[None]:
+@contextlib.contextmanager
+def stop_on_signal(trainer: Trainer) -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C or SIGTERM into a checkpoint and an orderly end after the current step.
 
     Of several processes it is enough that one is told: all of them end after the same step.
+
+    Yields:
+        Whether any process was told so far; to be called in all of them.
     """
 
     class Stop(TrainerCallback):
@@ -73,7 +105,7 @@ def stop_on_signal(trainer: Trainer) -> Iterator[None]:
 
     before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield lambda: _any(stop.asked, trainer.args.device)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

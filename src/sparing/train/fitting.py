@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -18,9 +21,10 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from sparing.train.checkpoints import JsonLog, last_checkpoint, step_of, stop_on_signal
+from sparing.train.checkpoints import JsonLog, check_readable, last_checkpoint, step_of, stop_on_signal
 
 Progress = Callable[[float, str], None]
 LOG = "log.jsonl"
@@ -61,11 +65,10 @@ class Optimisation:
         for name in ("batch", "steps", "at_once"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr={self.lr:g}: expected a number above 0")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs={self.epochs:g}: expected a number above 0")
-        if self.warmup < 0:
+        for name in ("lr", "epochs"):
+            if not (math.isfinite(value := getattr(self, name)) and value > 0):
+                raise ValueError(f"{name}={value:g}: expected a finite number above 0")
+        if not (math.isfinite(self.warmup) and self.warmup >= 0):
             raise ValueError(f"warmup={self.warmup:g}: expected steps, or a share of them below 1")
 
     def shared(self, processes: int) -> tuple[int, int]:
@@ -142,8 +145,10 @@ def fit(
         on_step: is told the share that is done, and a word on it.
 
     Raises:
-        KeyboardInterrupt: the run was ended before its last step; a checkpoint holds all steps so far.
-        ValueError: nothing is trained, no data, a loss that is not finite, or a batch that processes cannot share.
+        KeyboardInterrupt: the run was ended; a checkpoint holds all steps so far.
+        ValueError: nothing is trained, no data, a loss that is not finite, a batch that processes cannot share, or a checkpoint
+            that cannot be read.
+        OSError: a checkpoint could not be written.
     """
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     if not trained:
@@ -164,11 +169,12 @@ def fit(
     arguments.logging_steps = max(1, min(10, steps // 10))
     wrapped = _TrainedAlone(model)
     checkpoint = last_checkpoint(folder)
-    if checkpoint is not None and step_of(checkpoint) >= steps:
-        wrapped.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME))
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        return Fit(state.global_step, losses[-1] if losses else float("nan"), 0.0, 0)
+    if checkpoint is not None:
+        check_readable(checkpoint)
+        if step_of(checkpoint) >= steps:
+            wrapped.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME))
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            return Fit(state.global_step, _last_loss(state), 0.0, 0)
     watch = _Watch(on_step or (lambda done, word: None), steps)
     callbacks: list[TrainerCallback] = [watch]
     if arguments.process_index == 0:
@@ -176,12 +182,20 @@ def fit(
     trainer = _Checked(model=wrapped, args=arguments, train_dataset=data, data_collator=collate, callbacks=callbacks)
     # Its own printing would run through the caller's progress.
     trainer.pop_callback(PrinterCallback)
-    with stop_on_signal(trainer) if interruptible else contextlib.nullcontext():
+    with stop_on_signal(trainer) if interruptible else contextlib.nullcontext(lambda: False) as told:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # In the last step too: more may follow, another stage say.
+        stopped = told()
     state = trainer.state
-    if state.global_step < steps:
+    if stopped or state.global_step < steps:
         raise KeyboardInterrupt(f"stopped at step {state.global_step} of {steps}; run again to go on")
-    return Fit(state.global_step, watch.loss, watch.seconds, int(state.num_input_tokens_seen) - watch.before)
+    tokens = int(state.num_input_tokens_seen) - watch.before
+    return Fit(state.global_step, _last_loss(state), watch.seconds, tokens)
+
+
+def _last_loss(state: TrainerState) -> float:
+    """The last that was logged, by an earlier run where this one had few steps left."""
+    return next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), float("nan"))
 
 
 def _arguments(
@@ -237,7 +251,11 @@ class _TrainedAlone(nn.Module):
         """The loss of a batch; rows whose answers were all cut off count nothing."""
         if (items := inputs.get("num_items_in_batch")) is not None:
             inputs["num_items_in_batch"] = torch.as_tensor(items).clamp(min=1)
-        return {"loss": self.model(**inputs, use_cache=False).loss}
+        loss = self.model(**inputs, use_cache=False).loss
+        if self.training and not loss.requires_grad:
+            # Rows without pictures, where only what makes pictures is trained: nothing to learn, and no error either.
+            loss = loss + sum(0 * weight.sum() for weight in self.parameters() if weight.requires_grad)
+        return {"loss": loss}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """What asks for gradients."""
@@ -260,13 +278,42 @@ class _TrainedAlone(nn.Module):
 
 
 class _Checked(Trainer):
-    """A Trainer that ends where the loss is no number, before the optimiser spreads it."""
+    """A Trainer that ends where the loss is no number, before the optimiser spreads it, and words what else goes wrong."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except ValueError as error:
+            # Of a process that prepares batches torch brings the whole traceback as the message; its own stands last.
+            line, after = re.split("^ValueError: ", str(error), flags=re.MULTILINE)[-1], ""
+            # Several processes save together, and the others know nothing of this row.
+            if self.state.global_step and self.args.world_size == 1:
+                self._save_checkpoint(self.model, None)
+                after = f" (step {self.state.global_step} is kept: mend it, and the same command goes on)"
+            raise ValueError(line.rstrip() + after) from error
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         if not math.isfinite(value := float(loss)):
             raise ValueError(self._explain(value))
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # Of a full disk torch says no more than that a file has not the length that it should have.
+            folder = Path(str(self.args.output_dir))
+            free, line = shutil.disk_usage(folder).free / 1e6, " ".join(str(error).split())
+            unfinished = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            kept = last_checkpoint(folder)
+            after = f"goes on from {kept.name}" if kept else "begins again"
+            raise OSError(
+                f"the checkpoint {unfinished} could not be written, {free:.0f} MB are free there ({line}): make room, then the same "
+                f"command {after}"
+            ) from error
 
     def _explain(self, value: float) -> str:
         broken = [name for name, weight in self.model.named_parameters() if not bool(torch.isfinite(weight).all())]  # type: ignore[union-attr]

@@ -90,7 +90,8 @@ def train_stages(
 
     Raises:
         KeyboardInterrupt: the training was ended before its last step; the checkpoint is in `folder`.
-        ValueError: `folder` holds a training of another model or with other settings; and what `fit` refuses.
+        ValueError: `folder` holds a training of another model or with other settings; answers that are all cut off; and what `fit`
+            refuses.
     """
     _claim(folder, model, policies, stages, seed)
     tell = on_step or (lambda done, word: None)
@@ -102,6 +103,7 @@ def train_stages(
             trained = trained_parts(model, stage.parts, stage.lora)
             trained.train()
             data = ChatBatches(model, processor, stage.conversations, stage.max_length)
+            data.check()
 
             def forward(done: float, word: str, i: int = i, name: str = stage.name) -> None:
                 tell((i + done) / len(stages), f"{name}: {word}")
@@ -139,10 +141,19 @@ def _claim(folder: Path, model: nn.Module, policies: Sequence[Policy], stages: S
     }
     mine = json.loads(json.dumps(mine))
     path = folder / CLAIM
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    # Without a checkpoint there is nothing to go on with, and other settings harm nothing.
+    if path.exists() and any(folder.glob("*/checkpoint-*")):
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): choose another --out, or remove it if {folder} holds this very training"
+            ) from error
         if differ := [key for key, value in mine.items() if before.get(key) != value]:
             what = "another model" if differ[0] == "model" else f"other {differ[0]}"
             raise ValueError(f"{folder} holds a training with {what} (see {path}): choose another --out")
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+    unfinished = path.with_name(f".{CLAIM}.tmp")
+    unfinished.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)

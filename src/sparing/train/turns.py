@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from sparing.anatomy import anatomy_of, processed
 from sparing.execute.batches import pad_rows, split_rows
-from sparing.train.conversations import Conversation
+from sparing.train.conversations import LOOKED_AT, Conversation
 
 IGNORED = -100
 
@@ -46,6 +46,19 @@ class ChatBatches(Dataset):
     def __len__(self) -> int:
         """Conversations."""
         return len(self.conversations)
+
+    def check(self) -> None:
+        """Look whether there is anything to learn.
+
+        Raises:
+            ValueError: in none of the first rows, for all answers lie behind the cut.
+        """
+        first = range(min(LOOKED_AT, len(self)))
+        if not any(bool((self[i]["labels"] != IGNORED).any()) for i in first):
+            raise ValueError(
+                f"nothing is left to learn of the first {len(first)} conversations, whose answers all lie behind {self.max_length} "
+                "tokens: give shorter ones, or a larger --max-length where the model takes it"
+            )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One conversation as a batch of one."""
