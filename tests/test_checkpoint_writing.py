@@ -270,6 +270,11 @@ def test_how_policies_were_found_is_kept_with_them(tiny_llama, tmp_path):
     found = {"selection": {"layers": [1], "scores": {"kl": [0.1, 0.2, 0.0]}}}
     sparing.save(tiny_llama, target, [SkipModules(mlp=[1])], about=found)
     assert about(target) == found
+    manifest = (target / "sparing.json").read_text()
+    (target / "sparing.json").write_text(manifest.replace('"about": {', '"about": [], "before": {', 1))
+    with pytest.raises(ValueError, match="`about` in the manifest is no object"):
+        about(target)
+    (target / "sparing.json").write_text(manifest)
     assert (target / "run.json").read_text() == "{}"
     sparing.save(tiny_llama, tmp_path / "bare", [SkipModules(mlp=[1])])
     assert about(tmp_path / "bare") == {}

@@ -244,6 +244,11 @@ def test_settings_and_interpreters_that_are_wrong(tmp_path):
         LmmsTask("mme", include=tmp_path / "none").check()
     with pytest.raises(ValueError, match="is no Python that runs"):
         LmmsTask("mme", python=tmp_path / "python").check()
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\n")
+    silent.chmod(0o755)
+    with pytest.raises(ValueError, match="is no Python: it runs, and does not answer"):
+        LmmsTask("mme", python=silent).check()
     bare = tmp_path / "bare"
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     bare.chmod(0o755)

@@ -139,6 +139,11 @@ def test_another_model_or_other_settings_are_not_gone_on_with(subject, tmp_path)
         train_stages(fresh, processor, [ViCA([1])], [stage()], tmp_path)
     with pytest.raises(ValueError, match="holds a training with other stages"):
         train_stages(fresh, processor, [POLICY], [stage(("language",))], tmp_path)
+    with pytest.raises(ValueError, match="holds a training with other stages"):
+        more = dataclasses.replace(stage(), conversations=DrawnConversations(9, seed=2, turns=2))
+        train_stages(fresh, processor, [POLICY], [more], tmp_path)
+    with pytest.raises(ValueError, match="holds a training with another --dtype"):
+        train_stages(fresh, processor, [POLICY], [stage()], tmp_path, autocast=True)
 
 
 # PEFT asks by the old name.

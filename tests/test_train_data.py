@@ -146,7 +146,7 @@ def test_files_are_read_row_by_row(tmp_path, name):
 BAD = {
     "not there": (None, "does not exist: name a file of JSON lines"),
     "empty": ([], "has no rows: write some"),
-    "no turns": ([{"image": "a.png"}], "row 1: expected an object with conversations or messages"),
+    "no turns": ([{"image": "a.png"}], "line 1: expected an object with conversations or messages"),
     "no picture": ([{"image": "b.png", "conversations": LLAVA}], "there is no picture"),
     "a sign too many": ([{"conversations": LLAVA}], "<image> stands 1 times in the words of 0 pictures"),
     "no answer": ([{"image": "a.png", "conversations": LLAVA[:1]}], "expected a question and an answer at least"),
@@ -154,6 +154,10 @@ BAD = {
     "said a picture": (
         [{"image": "a.png", "conversations": [LLAVA[2], {"from": "gpt", "value": "<image>"}]}],
         "pictures are given, not said",
+    ),
+    "a picture behind the answers": (
+        [{"image": ["a.png", "a.png"], "conversations": [*LLAVA[:2], {"from": "human", "value": "<image> And here?"}]}],
+        "line 1: a picture stands behind the last answer",
     ),
     "a number": ([{"image": 3, "conversations": LLAVA}], "expected the name of a picture file"),
 }
@@ -167,15 +171,20 @@ def test_bad_files_are_refused_at_once(tmp_path, what):
         ConversationFile(path)
 
 
-def test_broken_lines_and_pictures_are_named_with_their_row(tmp_path):
+def test_broken_lines_and_pictures_are_named_with_their_line(tmp_path):
     path = folder(tmp_path, [{"image": "a.png", "conversations": LLAVA}])
     read = ConversationFile(path)
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"rows.jsonl, row 1: .*is not a picture that can be read"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: .*is not a picture that can be read"):
         read[0]
-    path.write_text('{"image": ', encoding="utf-8")
-    with pytest.raises(ValueError, match="row 1: no JSON"):
-        ConversationFile(path)
+    # Empty lines are no rows, and count as lines.
+    for broken in ('\n\n{"image": ', "\n\n" + "[" * 200_000):
+        path.write_text(broken, encoding="utf-8")
+        with pytest.raises(ValueError, match="line 3: no JSON"):
+            ConversationFile(path)
+    (tmp_path / "deep.json").write_text("[" * 200_000, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"deep.json: no JSON"):
+        ConversationFile(tmp_path / "deep.json")
     with pytest.raises(ValueError, match=r"the folder of pictures .* does not exist"):
         ConversationFile(path, tmp_path / "nowhere")
 

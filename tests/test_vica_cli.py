@@ -144,6 +144,10 @@ BAD = {
     "empty": (lambda v, d: (v, "--layers", ""), "names no layer, so the model would be blind"),
     "twice": (lambda v, d: (v, "--layers", "0,1,0"), "a layer is named twice"),
     "no numbers": (lambda v, d: (v, "--layers", "first"), "give auto, or layers with commas between them"),
+    "prefix that is not there": (
+        lambda v, d: (v, "--layers", "0", "--prefix", "99"),
+        "ViCA(prefix=...): layer 99 does not exist",
+    ),
     "strange prefix": (lambda v, d: (v, "--layers", "0", "--prefix", "thaw"), 'choose "update", "freeze"'),
     "no budget": (lambda v, d: (v, "--budget", "0"), "so the model would be blind: give at least 1"),
     "strange budget": (lambda v, d: (v, "--budget", "some"), "neither a number of layers (4) nor a share"),

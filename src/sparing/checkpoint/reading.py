@@ -110,7 +110,9 @@ def about(path: str | Path) -> dict[str, Any]:
     folder = whole(Path(path).expanduser().absolute())
     if not folder.is_dir() or (manifest := _manifest(folder)) is None:
         raise ValueError(f"{path} is no checkpoint that sparing.save wrote with policies")
-    return dict(manifest.get("about", {}))
+    if not isinstance(found := manifest.get("about", {}), dict):
+        raise ValueError(f"{path}: `about` in the manifest is no object: the checkpoint was edited, save it again")
+    return dict(found)
 
 
 def _refuse_to_save_alone(model: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -251,10 +251,12 @@ def _recipe_policy(job: Job, model: nn.Module) -> ViCA:
     from sparing.policies import ViCA
 
     entry = job.recipe_told.vica
-    layers = entry.layers
+    layers, prefix = entry.layers, entry.prefix
     if job.shrink:
-        layers = tuple(layer for layer in layers if layer < anatomy_of(model).shape().depth) or (0,)
-    return ViCA(layers, entry.prefix)
+        last = anatomy_of(model).shape().depth - 1
+        layers = tuple(layer for layer in layers if layer <= last) or (0,)
+        prefix = min(prefix, last) if isinstance(prefix, int) else prefix
+    return ViCA(layers, prefix)
 
 
 def _with_data(stages: list[Stage], job: Job, processor: Any) -> list[Stage]:
@@ -262,7 +264,9 @@ def _with_data(stages: list[Stage], job: Job, processor: Any) -> list[Stage]:
     from sparing.train import DrawnConversations, speaks_scenes
 
     if job.shrink:
-        return job.recipe_told.shrunk(job.out / "training" / "data", job.seed)
+        # Each process writes the same for itself, so that none reads what another one is writing.
+        rank = int(os.environ.get("RANK", 0))
+        return job.recipe_told.shrunk(job.out / "training" / (f"data-{rank}" if rank else "data"), job.seed)
     if job.recipe is not None or job.own.data is not None:
         return stages
     if not speaks_scenes(processor):

@@ -22,7 +22,8 @@ class ViCA(Policy):
         blind: allow `layers=[]` on a picture, which hides it completely (for sweeps).
 
     Raises:
-        ValueError: duplicate layers; (when applied) a layer that does not exist; (on a prompt with a picture) no reading layer.
+        ValueError: duplicate layers; (when applied) a layer that does not exist, of `prefix` too; (on a prompt with a picture) no
+            reading layer.
 
     Paper: ViCA (2602.07574). Differs: the paper's 7B release is `prefix="freeze"`; its 3B and 13B are `"update"` in training and
         eager mode, and `prefix=5` / `prefix=8` in FlashAttention mode. The release's FlashAttention path also lets system tokens see
@@ -43,8 +44,10 @@ class ViCA(Policy):
         self.prefix, self.blind = prefix, blind
 
     def validate(self, shape: ModelShape) -> None:
-        """Every reading layer must exist."""
+        """Every reading layer must exist, and the last one that updates the prefix."""
         check_layers(self.layers, shape, "ViCA(layers=...)")
+        if isinstance(self.prefix, int):
+            check_layers((self.prefix,), shape, "ViCA(prefix=...)")
 
     def idle(self, tokens: TokenMap) -> bool:
         """A prompt without pictures is left exactly as it is."""

@@ -78,11 +78,11 @@ class ConversationFile(Sequence[Conversation]):
         if not self.pictures.is_dir():
             raise ValueError(f"the folder of pictures {self.pictures} does not exist")
         self._packed: list[bytes] | None = None
-        self._starts = array("q")
+        self._starts = self._lines = array("q")
         if path.suffix == ".json":
             self._packed = _packed(path)[:limit]
         else:
-            self._starts = _line_starts(path)[:limit]
+            self._starts, self._lines = (part[:limit] for part in _line_starts(path))
         if not len(self):
             raise ValueError(f"the data {path} has no rows: write some, each as {ROW}")
         for i in range(min(LOOKED_AT, len(self))):
@@ -113,7 +113,7 @@ class ConversationFile(Sequence[Conversation]):
         return Conversation(turns, pictures, self._place(index))
 
     def _place(self, index: int) -> str:
-        return f"{self.path}, row {index + 1}"
+        return f"{self.path}, " + (f"row {index + 1}" if self._packed is not None else f"line {self._lines[index]}")
 
     def _read(self, index: int) -> tuple[tuple[Turn, ...], tuple[Path, ...]]:
         if self._packed is not None:
@@ -124,7 +124,7 @@ class ConversationFile(Sequence[Conversation]):
                 text = file.readline()
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self._place(index)}: no JSON ({error})") from error
         names, turns = read_row(row, self._place(index))
         return turns, tuple(self.pictures / name for name in names)
@@ -153,6 +153,9 @@ def read_row(row: Any, place: str) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
         raise ValueError(
             f"{place}: {PICTURE} stands {marked} times in the words of {len(names)} pictures: mend the row"
         )
+    last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+    if any(part is None for turn in turns[last + 1 :] for part in turn.parts):
+        raise ValueError(f"{place}: a picture stands behind the last answer: give the answer to it, or take it out")
     if any(part is None for turn in turns if turn.role != "user" for part in turn.parts):
         raise ValueError(f"{place}: {PICTURE} stands in what is not the user's: pictures are given, not said")
     return tuple(names), tuple(turns)
@@ -177,21 +180,22 @@ def _turn(turn: Any, place: str) -> Turn:
     return Turn(role, tuple(parts))  # type: ignore[arg-type]
 
 
-def _line_starts(path: Path) -> array:
-    """Where each line that is not empty begins, in bytes."""
-    starts, at = array("q"), 0
+def _line_starts(path: Path) -> tuple[array, array]:
+    """Where each line that is not empty begins, in bytes, and which line of the file it is."""
+    starts, lines, at = array("q"), array("q"), 0
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if line.strip():
                 starts.append(at)
+                lines.append(number)
             at += len(line)
-    return starts
+    return starts, lines
 
 
 def _packed(path: Path) -> list[bytes]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON ({error})") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of rows, each as {ROW}")

@@ -48,7 +48,7 @@ class Stage:
     def as_dict(self) -> dict[str, Any]:
         """The settings, for a record."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del fields["conversations"]
+        fields["conversations"] = len(self.conversations)
         lora = None if self.lora is None else dataclasses.asdict(self.lora)
         return {**fields, "parts": list(self.parts), "how": dataclasses.asdict(self.how), "lora": lora}
 
@@ -93,7 +93,7 @@ def train_stages(
         ValueError: `folder` holds a training of another model or with other settings; answers that are all cut off; and what `fit`
             refuses.
     """
-    _claim(folder, model, policies, stages, seed)
+    _claim(folder, model, policies, stages, {"seed": seed, "autocast": autocast})
     tell = on_step or (lambda done, word: None)
     config = anatomy_of(model).text_config
     caches, found = config.use_cache, []
@@ -129,14 +129,16 @@ def train_stages(
     return found
 
 
-def _claim(folder: Path, model: nn.Module, policies: Sequence[Policy], stages: Sequence[Stage], seed: int) -> None:
+def _claim(
+    folder: Path, model: nn.Module, policies: Sequence[Policy], stages: Sequence[Stage], settings: dict[str, Any]
+) -> None:
     """Writes down what is trained in the folder, or checks that it is the same."""
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     mine = {
         "model": fingerprint(model),
         "policies": [repr(policy) for policy in policies],
-        "seed": seed,
+        **settings,
         "stages": [stage.as_dict() for stage in stages],
     }
     mine = json.loads(json.dumps(mine))
@@ -150,7 +152,7 @@ def _claim(folder: Path, model: nn.Module, policies: Sequence[Policy], stages: S
                 f"{path} is damaged ({error}): choose another --out, or remove it if {folder} holds this very training"
             ) from error
         if differ := [key for key, value in mine.items() if before.get(key) != value]:
-            what = "another model" if differ[0] == "model" else f"other {differ[0]}"
+            what = {"model": "another model", "autocast": "another --dtype"}.get(differ[0], f"other {differ[0]}")
             raise ValueError(f"{folder} holds a training with {what} (see {path}): choose another --out")
         return
     folder.mkdir(parents=True, exist_ok=True)

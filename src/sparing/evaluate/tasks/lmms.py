@@ -93,6 +93,8 @@ class LmmsTask(Task):
         except (OSError, subprocess.SubprocessError) as error:
             raise ValueError(f"python={self.python} is no Python that runs: {_last_line(str(error))}") from error
         missing = looked.stdout.strip()
+        if not missing.startswith("["):
+            raise ValueError(f"python={self.python} is no Python: it runs, and does not answer")
         if missing != "[]":
             raise ValueError(f"python={self.python} lacks {missing.strip('[]')}: {_CURE}")
 
