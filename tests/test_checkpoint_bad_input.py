@@ -201,12 +201,20 @@ def test_policy_checkpoints_in_the_commands(originals, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("layer", [9, -1, 0.5, "a"])
-def test_layers_that_the_model_lacks_are_refused(tmp_path, layer):
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (9, "layer 9 does not exist"),
+        (-1, "layer -1 does not exist"),
+        (0.5, "as whole numbers, got 0.5; save the checkpoint again"),
+        ("a", "as whole numbers, got 'a'; save the checkpoint again"),
+    ],
+)
+def test_layers_that_the_model_lacks_are_refused(tmp_path, layer, message):
     """Of more layers than the weights have, or no numbers of layers at all: the model would run, and be blind."""
     sparing.save(llava(), tmp_path / "saved", [ViCA([3])])
     edit(tmp_path / "saved" / "sparing.json", lambda m: m["policies"][0]["arguments"].update(layers=[0, layer]))
-    with pytest.raises(ValueError, match=f"layer {layer} does not exist"):
+    with pytest.raises(ValueError, match=message):
         sparing.load(tmp_path / "saved")
 
 

@@ -78,7 +78,10 @@ def load(
     # What stock loading notes too: where a model came from.
     model.config._name_or_path = str(path)  # type: ignore[union-attr]
     model.name_or_path = str(path)  # type: ignore[assignment]
-    apply(model, *policies, execute=execute).__enter__()
+    try:
+        apply(model, *policies, execute=execute).__enter__()
+    except TypeError as error:
+        raise ValueError(f"{folder / MANIFEST}: {error}; save the checkpoint again") from error
     # Its weights alone, in an ordinary checkpoint, would come up as another model.
     model.save_pretrained = functools.partial(_refuse_to_save_alone, model)  # type: ignore[assignment]
     return model, processor

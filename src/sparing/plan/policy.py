@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from numbers import Integral
 from typing import Any
 
 from sparing.plan.arguments import kept_arguments
@@ -140,7 +141,13 @@ class Composed(Policy):
 
 
 def check_layers(layers: Any, shape: ModelShape, what: str) -> None:
-    """Raise `ValueError` unless every entry of `layers` is a layer of the model."""
-    wrong = [i for i in layers if i not in range(shape.depth)]
-    if wrong:
+    """Refuse entries of `layers` that are no layer of the model.
+
+    Raises:
+        TypeError: one of them is no whole number.
+        ValueError: the model has no such layer.
+    """
+    if strange := [i for i in layers if not isinstance(i, Integral)]:
+        raise TypeError(f"{what}: expected layers as whole numbers, got {strange[0]!r}")
+    if wrong := [i for i in layers if i not in range(shape.depth)]:
         raise ValueError(f"{what}: layer {wrong[0]} does not exist; this model has layers 0..{shape.depth - 1}")
