@@ -202,22 +202,21 @@ def prefill(
     """
     vica = setting.following(ViCA(setting.reading))
     oracle = ViCAOracle(setting.decoder, setting.tokens, setting.reading)
+    slow = {"dense": setting.dense} if references else {}
+    if captured:
+        slow |= {"captured": setting.captured(ViCA(setting.reading)), "dense_captured": setting.captured()}
     every = {
-        "dense": setting.dense,
-        "dense_captured": setting.captured(),
-        "captured": setting.captured(ViCA(setting.reading)),
         "first": vica,
         "oracle": lambda: oracle(**setting.embedded),
         "second": setting.second,
         "reread": setting.reread,
         "text": setting.alone,
     }
-    slow = {"dense": references} | ({"captured": references, "dense_captured": references} if captured else {})
-    slow = {name: most for name, most in slow.items() if most}
     gave: dict = {}
     # A single dense pass warms the rest up. A record is made in the first round and captured in the second.
     warm_up = 2 if captured else int(references != 1)
-    seconds = interleave({name: every[name] for name in (*slow, *arms)}, rounds, warm_up, gave, slow)
+    run = slow | {name: every[name] for name in arms}
+    seconds = interleave(run, rounds, warm_up, gave, at_most=dict.fromkeys(slow, references))
     return {
         **{name: ratio(seconds, *two) for name, two in RATIOS.items() if set(two) <= seconds.keys()},
         **{f"{name}_ms": 1000 * statistics.median(took) for name, took in seconds.items()},
@@ -341,13 +340,12 @@ def keys(runs: dict[str, dict]) -> dict[str, float]:
         found |= {of: one[name], f"{of}_by_flops": one[f"{name}_by_flops"]}
     if "train" in runs:
         found["train_step_vs_dense"] = runs["train"]["vs_dense"]
-    for of, run in runs.items():
-        for name in HEADLINE.get(of, ()):
-            if name in run:
-                # By operations all batches are alike, where nobody counted them.
-                by_flops = {**one, **run}.get(f"{name}_by_flops")
-                found |= {f"vica_{name}_{of}": run[name]}
-                found |= {} if by_flops is None else {f"vica_{name}_{of}_by_flops": by_flops}
+    # By operations all batches are alike, where nobody counted them.
+    counted = {name: value for name, value in one.items() if name.endswith("_by_flops")}
+    for of, names in HEADLINE.items():
+        if of in runs:
+            known, ends = {**counted, **runs[of]}, itertools.product(names, ("", "_by_flops"))
+            found |= {f"vica_{name}_{of}{end}": known[name + end] for name, end in ends if name + end in known}
     if "second_vs_text" in eight:
         found["second_question_b8_vs_text"] = eight["second_vs_text"]
     return found

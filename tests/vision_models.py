@@ -170,10 +170,9 @@ def qwen3_vl(attention="sdpa"):
     return _build(Qwen3VLForConditionalGeneration, config, attention)
 
 
-def _llava(text, attention):
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION, image_size=30, patch_size=10), text_config=text, image_token_id=IMAGE
-    )
+def _llava(text, attention, vision=None, **settings):
+    vision = vision or CLIPVisionConfig(**VISION, image_size=30, patch_size=10)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, **settings)
     return _build(LlavaForConditionalGeneration, config, attention)
 
 
@@ -192,14 +191,9 @@ def llava_mistral(attention="sdpa"):
 @functools.cache
 def llava_siglip(attention="sdpa"):
     """LLaVA-1.5 around a SigLIP encoder: no class token, so that all positions are patches."""
-    config = LlavaConfig(
-        vision_config=SiglipVisionConfig(**VISION, image_size=30, patch_size=10, vision_use_head=False),
-        text_config=LlamaConfig(**TEXT),
-        image_token_id=IMAGE,
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-    )
-    return _build(LlavaForConditionalGeneration, config, attention)
+    vision = SiglipVisionConfig(**VISION, image_size=30, patch_size=10, vision_use_head=False)
+    whole = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+    return _llava(LlamaConfig(**TEXT), attention, vision, **whole)
 
 
 def llava_batch(side):

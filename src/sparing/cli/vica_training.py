@@ -157,7 +157,7 @@ def run_job(job: Job) -> None:
         if rank == 0:
             record = stack.enter_context(RunRecord(job.out, config=job.config(), seed=job.seed))
         model, processor, saved = _loaded(job, processes)
-        stages = _with_data(stages, job, processor)
+        stages = _with_data(stages, job, processor, rank)
         if processes > 1:
             console.print(f"{processes} processes share each step", highlight=False)
         policy, converted = _policy(job, model, processor, saved, console, processes)
@@ -259,13 +259,12 @@ def _recipe_policy(job: Job, model: nn.Module) -> ViCA:
     return ViCA(layers, prefix)
 
 
-def _with_data(stages: list[Stage], job: Job, processor: Any) -> list[Stage]:
+def _with_data(stages: list[Stage], job: Job, processor: Any, rank: int) -> list[Stage]:
     """The same with drawn data, where there is no other."""
     from sparing.train import DrawnConversations, speaks_scenes
 
     if job.shrink:
         # Each process writes the same for itself, so that none reads what another one is writing.
-        rank = int(os.environ.get("RANK", 0))
         return job.recipe_told.shrunk(job.out / "training" / (f"data-{rank}" if rank else "data"), job.seed)
     if job.recipe is not None or job.own.data is not None:
         return stages
